@@ -1,0 +1,182 @@
+"""The arguments of `mimdit-restore` and the checks of their ranges."""
+
+import argparse
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from mimdit import __version__
+
+_EPILOG = """examples:
+  mimdit-restore -i photo.jpg -o restored.png
+  mimdit-restore -i photos/ -o restored/ --compare --report
+  mimdit-restore -i "photos/*.png" -o restored/ -t 512 --device cuda --precision bf16 --resume
+
+exit code: 0 all pictures restored, 1 some failed (listed at the end), 2 wrong arguments
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The arguments of `mimdit-restore`."""
+    parser = argparse.ArgumentParser(
+        prog="mimdit-restore",
+        description="Restore pictures: noise, blur, rain, haze, low light and mixtures of them.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"mimdit {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
+
+    files = parser.add_argument_group("pictures")
+    add = files.add_argument
+    add(
+        "-i",
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="files, folders (without subfolders) or quoted globs",
+    )
+    add(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("restored"),
+        metavar="PATH",
+        help="folder, or a file name when there is one picture (default: restored)",
+    )
+    add(
+        "--suffix",
+        type=suffix,
+        default="",
+        metavar="TEXT",
+        help="appended to the name: photo.png becomes photoTEXT.png",
+    )
+    add(
+        "--ext",
+        choices=("auto", "png", "jpg", "webp"),
+        default="auto",
+        help="type of the output; auto: that of the input",
+    )
+    add("--report", action="store_true", help="write NAME.json with the experts that were chosen")
+    add("--compare", action="store_true", help="write NAME_compare.png, before and after")
+    existing = files.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="skip pictures already restored")
+    existing.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="allow a picture to replace its own input; other outputs are always replaced",
+    )
+
+    add = parser.add_argument_group("restoration").add_argument
+    add(
+        "--model",
+        default="tiny",
+        metavar="NAME",
+        help="shipped model, folder or hub id (default: tiny)",
+    )
+    add(
+        "--steps",
+        type=number(int, 1, 1000),
+        default=8,
+        metavar="N",
+        help="denoising steps (default: 8)",
+    )
+    add(
+        "--guidance-scale",
+        type=number(float, 0, 100),
+        default=1.0,
+        metavar="G",
+        help="classifier-free guidance; 1 turns it off (default: 1)",
+    )
+    add(
+        "--strength",
+        type=number(float, 0, 1),
+        default=1.0,
+        metavar="S",
+        help="0 keeps the input, 1 restores in full (default: 1)",
+    )
+    add(
+        "--color-fix",
+        choices=("none", "adain", "wavelet"),
+        default="none",
+        help="take the colours of the input (default: none)",
+    )
+    add(
+        "--seed",
+        type=number(int, 0, 2**63 - 1),
+        default=0,
+        metavar="N",
+        help="start of the noise, the same for every picture (default: 0)",
+    )
+
+    add = parser.add_argument_group("device and memory").add_argument
+    add(
+        "--device",
+        type=device,
+        default="auto",
+        metavar="auto|cuda|cpu|mps",
+        help="where to run; cuda:1 is the second GPU (default: auto)",
+    )
+    add(
+        "--precision",
+        choices=("fp32", "bf16", "fp16"),
+        help="number type (default: that of the model)",
+    )
+    add(
+        "-t",
+        "--tile",
+        type=number(int, 0),
+        default=0,
+        metavar="PIXELS",
+        help="tile side; 0 chooses it by free memory (default: 0)",
+    )
+    add(
+        "--tile-overlap",
+        type=number(int, 0),
+        default=64,
+        metavar="PIXELS",
+        help="overlap of neighbouring tiles (default: 64)",
+    )
+    add(
+        "--batch-size",
+        type=number(int, 1),
+        default=1,
+        metavar="N",
+        help="tiles in one forward pass (default: 1)",
+    )
+    return parser
+
+
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: an int or a float from `low` to `high`."""
+    limits = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+    wanted = f"{'a whole number' if kind is int else 'a number'} {limits}"
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        # Written so that NaN fails.
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}")
+        return value
+
+    return parse
+
+
+def device(text: str) -> str:
+    """An argparse type: auto, cpu, mps, cuda or cuda:N."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"expected auto, cuda, cuda:N, cpu or mps, got {text!r}")
+    return text
+
+
+def suffix(text: str) -> str:
+    """An argparse type: text that may stand in a file name."""
+    if "/" in text or "\\" in text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"expected text without slashes, got {text!r}")
+    return text

@@ -1,0 +1,219 @@
+"""The four kinds of sub-expert, each a bank of `[layers, experts, …]` parameters.
+
+Shapes: B pictures, T = H·W tokens, d channels, k slots (the sub-experts that a picture picked).
+Every bank maps u [B,T,d] and index [B,k] to [B,k,T,d]; attention only, no MLP (MiM-DiT, Sec. 3).
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+Grid = tuple[int, int]
+
+
+def expert_linear(x: Tensor, weight: Tensor, index: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y[b,j] = x[b,(j)]·W[index[b,j]]ᵀ + bias[index[b,j]].
+
+    x [B,T,K] (shared by the slots) or [B,k,T,K], weight [E,N,K], index [B,k], bias [E,N] → [B,k,T,N].
+    """
+    if x.ndim == 3:
+        x = x.unsqueeze(1)
+    y = x @ weight[index].transpose(-1, -2)
+    return y if bias is None else y + bias[index].unsqueeze(-2).to(y.dtype)
+
+
+def expert_depthwise3x3(x: Tensor, weight: Tensor, index: Tensor, grid: Grid) -> Tensor:
+    """Depthwise 3×3 convolution with zero padding; x [B,k,T,C], weight [E,C,3,3] → [B,k,T,C]."""
+    b, k, _, c = x.shape
+    height, width = grid
+    planes = rearrange(x, "b k (h w) c -> 1 (b k c) h w", h=height, w=width)
+    kernels = weight[index].reshape(b * k * c, 1, 3, 3).to(x.dtype)
+    planes = F.conv2d(planes, kernels, padding=1, groups=b * k * c)
+    return rearrange(planes, "1 (b k c) h w -> b k (h w) c", b=b, k=k)
+
+
+def _bank(*shape: int, fan_in: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(shape) * fan_in**-0.5)
+
+
+def _zeros(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(shape))
+
+
+class SpatialExperts(nn.Module):
+    """Multi-head self-attention over all tokens."""
+
+    def __init__(self, layers: int, experts: int, dim: int, head_dim: int = 64) -> None:
+        super().__init__()
+        self.heads = _heads("spatial", dim, head_dim)
+        self.qkv_weight = _bank(layers, experts, 3 * dim, dim, fan_in=dim)
+        self.qkv_bias = _zeros(layers, experts, 3 * dim)
+        self.proj_weight = _bank(layers, experts, dim, dim, fan_in=dim)
+        self.proj_bias = _zeros(layers, experts, dim)
+
+    def forward(self, u: Tensor, y: Tensor, grid: Grid, layer: int, index: Tensor) -> Tensor:
+        del y, grid
+        qkv = expert_linear(u, self.qkv_weight[layer], index, self.qkv_bias[layer])
+        q, k, v = rearrange(qkv, "b j t (s h c) -> s b j h t c", s=3, h=self.heads)
+        # Slots are folded into the batch: fused attention takes four axes.
+        out = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
+        out = rearrange(out, "(b j) h t c -> b j t (h c)", j=index.shape[1])
+        return expert_linear(out, self.proj_weight[layer], index, self.proj_bias[layer])
+
+
+class ChannelExperts(nn.Module):
+    """Restormer's multi-Dconv head transposed attention (arXiv 2111.09881, Eq. 1)."""
+
+    def __init__(self, layers: int, experts: int, dim: int, head_dim: int = 64) -> None:
+        super().__init__()
+        self.heads = _heads("channel", dim, head_dim)
+        self.qkv_weight = _bank(layers, experts, 3 * dim, dim, fan_in=dim)
+        self.dwconv_weight = _bank(layers, experts, 3 * dim, 3, 3, fan_in=9)
+        self.temperature = nn.Parameter(torch.ones(layers, experts, self.heads))
+        self.proj_weight = _bank(layers, experts, dim, dim, fan_in=dim)
+
+    def forward(self, u: Tensor, y: Tensor, grid: Grid, layer: int, index: Tensor) -> Tensor:
+        del y
+        qkv = expert_linear(u, self.qkv_weight[layer], index)
+        qkv = expert_depthwise3x3(qkv, self.dwconv_weight[layer], index, grid)
+        q, k, v = rearrange(qkv, "b j t (s h c) -> s b j h c t", s=3, h=self.heads)
+        temperature = self.temperature[layer][index][..., None, None]
+        # Normalised over the spatial axis, eps 1e-12 as torch's default.
+        gram = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-1, -2)
+        out = (gram * temperature).softmax(dim=-1).to(v.dtype) @ v
+        out = rearrange(out, "b j h c t -> b j t (h c)")
+        return expert_linear(out, self.proj_weight[layer], index)
+
+
+class SwinExperts(nn.Module):
+    """Window attention, then shifted-window attention (Swin, arXiv 2103.14030, Eq. 3 and 4).
+
+    a = WMSA(u); out = a + SWMSA(LN(y + a)); this LayerNorm has no affine.
+    """
+
+    def __init__(
+        self, layers: int, experts: int, dim: int, head_dim: int = 32, window: int = 8
+    ) -> None:
+        super().__init__()
+        self.heads = _heads("swin", dim, head_dim)
+        self.window = window
+        # Axis 2: the plain and the shifted attention.
+        self.qkv_weight = _bank(layers, experts, 2, 3 * dim, dim, fan_in=dim)
+        self.qkv_bias = _zeros(layers, experts, 2, 3 * dim)
+        table = torch.randn(layers, experts, 2, (2 * window - 1) ** 2, self.heads) * 0.02
+        self.bias_table = nn.Parameter(table)
+        self.proj_weight = _bank(layers, experts, 2, dim, dim, fan_in=dim)
+        self.proj_bias = _zeros(layers, experts, 2, dim)
+
+    def forward(self, u: Tensor, y: Tensor, grid: Grid, layer: int, index: Tensor) -> Tensor:
+        a = self._attend(u, grid, layer, index, shift=0)
+        h = F.layer_norm(y.unsqueeze(1) + a, (y.shape[-1],))
+        return a + self._attend(h, grid, layer, index, shift=self.window // 2)
+
+    def _attend(self, x: Tensor, grid: Grid, layer: int, index: Tensor, shift: int) -> Tensor:
+        pass_ = int(shift > 0)
+        qkv = expert_linear(
+            x, self.qkv_weight[layer, :, pass_], index, self.qkv_bias[layer, :, pass_]
+        )
+        table = self.bias_table[layer, :, pass_][index]
+        out = window_attention(qkv, table, grid, self.heads, self.window, shift)
+        return expert_linear(
+            out, self.proj_weight[layer, :, pass_], index, self.proj_bias[layer, :, pass_]
+        )
+
+
+def window_attention(
+    qkv: Tensor, table: Tensor, grid: Grid, heads: int, window: int, shift: int
+) -> Tensor:
+    """Attention inside (shifted) windows; qkv [B,k,T,3d], table [B,k,(2M−1)²,heads] → [B,k,T,d].
+
+    A grid that the window does not divide is padded; padded tokens are masked as keys.
+    """
+    height, width = grid
+    m = window
+    x = rearrange(qkv, "b j (h w) c -> (b j) h w c", h=height, w=width)
+    x = F.pad(x, (0, 0, 0, -width % m, 0, -height % m))
+    x = torch.roll(x, (-shift, -shift), (1, 2))
+    padded_h, padded_w = x.shape[1:3]
+    q, k, v = rearrange(
+        x, "n (y m) (x p) (s h c) -> s n (y x) h (m p) c", m=m, p=m, s=3, h=heads
+    )
+    bias = table[:, :, relative_position(m, table.device)]  # [B,k,M²,M²,heads]
+    bias = rearrange(bias, "b j p q h -> (b j) 1 h p q")
+    region = window_regions(grid, m, shift, table.device)  # [windows, M²]
+    apart = region[:, :, None] != region[:, None, :]
+    bias = bias.float().masked_fill(apart[None, :, None], float("-inf")).to(q.dtype)
+    out = F.scaled_dot_product_attention(
+        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), attn_mask=bias.flatten(0, 1)
+    )
+    out = rearrange(
+        out, "(n y x) h (m p) c -> n (y m) (x p) (h c)", y=padded_h // m, x=padded_w // m, m=m
+    )
+    out = torch.roll(out, (shift, shift), (1, 2))[:, :height, :width]
+    return rearrange(out, "(b j) h w c -> b j (h w) c", b=qkv.shape[0])
+
+
+def relative_position(window: int, device: torch.device) -> Tensor:
+    """Row of the bias table for each pair of places in a window, [M²,M²] (Swin's order)."""
+    place = torch.arange(window, device=device)
+    offset = place[:, None] - place[None, :] + window - 1
+    rows, columns = offset[:, None, :, None], offset[None, :, None, :]
+    return (rows * (2 * window - 1) + columns).reshape(window**2, window**2)
+
+
+def window_regions(grid: Grid, window: int, shift: int, device: torch.device) -> Tensor:
+    """A number for each token of each window, [windows, M²]; equal numbers may attend.
+
+    Separates what the cyclic shift brought together, and padded tokens from real ones.
+    """
+    labels = []
+    for size in grid:
+        padded = size + -size % window
+        place = torch.arange(padded, device=device)
+        real = (place < size).long()
+        # After the roll the last `shift` rows come from the other edge of the picture.
+        wrapped = (place < shift).long()
+        labels.append(torch.roll(real * 2 + wrapped, -shift))
+    region = labels[0][:, None] * 4 + labels[1][None, :]
+    # All padded tokens are one region: which of the two sides they lie on does not matter.
+    is_real = (labels[0][:, None] >= 2) & (labels[1][None, :] >= 2)
+    region = torch.where(is_real, region, -torch.ones_like(region))
+    return rearrange(region, "(y m) (x p) -> (y x) (m p)", m=window, p=window)
+
+
+class SEExperts(nn.Module):
+    """Squeeze-and-excitation (arXiv 1709.01507): u ⊙ σ(W2·ReLU(W1·mean(u) + b1) + b2)."""
+
+    def __init__(self, layers: int, experts: int, dim: int, reduction: int = 16) -> None:
+        super().__init__()
+        hidden = max(dim // reduction, 1)
+        self.fc1_weight = _bank(layers, experts, hidden, dim, fan_in=dim)
+        self.fc1_bias = _zeros(layers, experts, hidden)
+        self.fc2_weight = _bank(layers, experts, dim, hidden, fan_in=hidden)
+        self.fc2_bias = _zeros(layers, experts, dim)
+
+    def forward(self, u: Tensor, y: Tensor, grid: Grid, layer: int, index: Tensor) -> Tensor:
+        del y, grid
+        s = u.mean(dim=1, keepdim=True)
+        s = expert_linear(s, self.fc1_weight[layer], index, self.fc1_bias[layer]).relu()
+        s = expert_linear(s, self.fc2_weight[layer], index, self.fc2_bias[layer]).sigmoid()
+        return u.unsqueeze(1) * s
+
+
+def _heads(kind: str, dim: int, head_dim: int) -> int:
+    if dim % head_dim:
+        raise ValueError(
+            f"mim_dim: expected a multiple of {head_dim} (the head width of {kind} experts), got {dim}"
+        )
+    return dim // head_dim
+
+
+EXPERTS: dict[str, Callable[[int, int, int], nn.Module]] = {
+    "spatial": SpatialExperts,
+    "channel": ChannelExperts,
+    "swin": SwinExperts,
+    "se": SEExperts,
+}

@@ -1,0 +1,7 @@
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+class MiMDiTPipeline(DiffusionPipeline):
+    pass
+def assemble(model):
+    from types import SimpleNamespace
+    from mimdit.presets import pixel_codec
+    return SimpleNamespace(vae=pixel_codec())

@@ -1,0 +1,244 @@
+"""Diffusers' SD3 transformer, conditioned on a damaged picture by mixtures of experts."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import SD3Transformer2DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.embeddings import PatchEmbed
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor, nn
+
+from mimdit import flow
+from mimdit.attention import ImageAttnProcessor, KeyValueMiMProcessor, MiMJointAttnProcessor
+from mimdit.mim import MiM, Routing
+
+
+@dataclass(frozen=True)
+class Condition:
+    """All that the denoiser needs of a damaged picture; the same for every step.
+
+    latents z_lq [B,c,h,w]; tokens: m_l [B,K,D] for each of the L blocks; the routing taken.
+    """
+
+    latents: Tensor
+    tokens: tuple[Tensor, ...]
+    routing: Routing
+
+
+class ShiftablePatchEmbed(PatchEmbed):
+    """Diffusers' `PatchEmbed` whose crop of the position table can be moved off the centre."""
+
+    offset: tuple[int, int] | None = None
+
+    def cropped_pos_embed(self, height: int, width: int) -> Tensor:
+        if self.offset is None:
+            return super().cropped_pos_embed(height, width)
+        size, (top, left) = self.pos_embed_max_size, self.offset
+        rows, columns = height // self.patch_size, width // self.patch_size
+        table = self.pos_embed.unflatten(1, (size, size))
+        return table[:, top : top + rows, left : left + columns].flatten(1, 2)
+
+
+class MiMDiTTransformer2DModel(SD3Transformer2DModel):
+    """MiM-DiT (arXiv 2603.02710) on diffusers' `SD3Transformer2DModel`.
+
+    The backbone keeps its modules and state-dict keys; `mim` holds the expert mixtures of all blocks.
+    Arguments up to `qk_norm` are the backbone's, in latent units. The others:
+
+        mim_dim … renormalize: see `MiM`.
+        prediction_type, damage_std: see `flow.to_velocity`.
+        prompts, prompt_tokens: names and length of the text embeddings stored with the weights, so
+            that no text encoder is needed; the first is used when none is asked for.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 128,
+        patch_size: int = 2,
+        in_channels: int = 16,
+        num_layers: int = 18,
+        attention_head_dim: int = 64,
+        num_attention_heads: int = 18,
+        joint_attention_dim: int = 4096,
+        caption_projection_dim: int = 1152,
+        pooled_projection_dim: int = 2048,
+        out_channels: int = 16,
+        pos_embed_max_size: int = 96,
+        dual_attention_layers: tuple[int, ...] = (),
+        qk_norm: str | None = None,
+        mim_dim: int = 384,
+        groups: Sequence[str] = ("spatial", "channel", "swin", "se"),
+        experts: int = 4,
+        top_k: int = 2,
+        inter: str = "dense",
+        intra: str = "sparse",
+        renormalize: bool = False,
+        prediction_type: str = "velocity",
+        damage_std: float = 0.4,
+        prompts: Sequence[str] = ("empty",),
+        prompt_tokens: int = 4,
+    ) -> None:
+        super().__init__(
+            sample_size=sample_size,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            num_layers=num_layers,
+            attention_head_dim=attention_head_dim,
+            num_attention_heads=num_attention_heads,
+            joint_attention_dim=joint_attention_dim,
+            caption_projection_dim=caption_projection_dim,
+            pooled_projection_dim=pooled_projection_dim,
+            out_channels=out_channels,
+            pos_embed_max_size=pos_embed_max_size,
+            dual_attention_layers=tuple(dual_attention_layers),
+            qk_norm=qk_norm,
+        )
+        if prediction_type not in flow.PREDICTION_TYPES:
+            expected = ", ".join(flow.PREDICTION_TYPES)
+            raise ValueError(f"prediction_type: expected {expected}, got {prediction_type!r}")
+        self.pos_embed.__class__ = ShiftablePatchEmbed
+        self.mim = MiM(
+            num_layers, self.inner_dim, mim_dim, groups, experts, top_k, inter, intra, renormalize
+        )
+        tokens = torch.randn(len(prompts), prompt_tokens, joint_attention_dim) * 0.02
+        self.prompt_embeds = nn.Parameter(tokens)
+        self.pooled_prompt_embeds = nn.Parameter(torch.zeros(len(prompts), pooled_projection_dim))
+        self.use_literal_attention(False)
+
+    def use_literal_attention(self, literal: bool = True) -> None:
+        """Choose Eq. 5 word for word, or (default) its exact form without the dropped queries."""
+        processor = MiMJointAttnProcessor if literal else KeyValueMiMProcessor
+        for layer, block in enumerate(self.transformer_blocks):
+            block.attn.set_processor(processor(layer))
+            if block.attn2 is not None:
+                block.attn2.set_processor(ImageAttnProcessor())
+
+    @contextmanager
+    def position_offset(self, top: int, left: int) -> Iterator[None]:
+        """Take positions from this corner of the table, in tokens, instead of from its centre."""
+        self.pos_embed.offset = (top, left)
+        try:
+            yield
+        finally:
+            self.pos_embed.offset = None
+
+    def prompt(self, name: str | None = None, batch: int = 1) -> tuple[Tensor, Tensor]:
+        """Stored text embeddings [B,T,C] and pooled ones [B,P]."""
+        names = list(self.config["prompts"])
+        if name is not None and name not in names:
+            raise ValueError(f"prompt: expected one of {', '.join(names)}, got {name!r}")
+        i = names.index(name) if name else 0
+        return (
+            self.prompt_embeds[i].expand(batch, -1, -1),
+            self.pooled_prompt_embeds[i].expand(batch, -1),
+        )
+
+    def grid(self, latents: Tensor) -> tuple[int, int]:
+        """Tokens along height and width."""
+        patch = self.config["patch_size"]
+        height, width = latents.shape[-2:]
+        if height % patch or width % patch:
+            raise ValueError(
+                f"latents: expected height and width to be multiples of {patch}, got {height}×{width}"
+            )
+        return height // patch, width // patch
+
+    def pool_condition(self, lq_latents: Tensor) -> Tensor:
+        """What the routers read, [L,B,d]: average it over tiles, then `mim.route` it."""
+        return self.mim.pool(self.pos_embed(lq_latents).contiguous())
+
+    def encode_condition(self, lq_latents: Tensor, routing: Routing | None = None) -> Condition:
+        """m_l = ZeroLinear_l(MiM_l(PatchEmbed(z_lq) + pos)) for every block; z_lq [B,c,h,w]."""
+        grid = self.grid(lq_latents)
+        z = self.pos_embed(lq_latents).contiguous()
+        out = [self.mim(z, grid, layer, routing) for layer in range(self.mim.layers)]
+        chosen = Routing(*(torch.stack(parts) for parts in zip(*(c for _, c in out), strict=True)))
+        return Condition(lq_latents, tuple(m for m, _ in out), chosen)
+
+    def predict(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        condition: Condition | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        pooled_projections: Tensor | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> Tensor:
+        """The network's raw output [B,c,h,w], before its conversion to a velocity."""
+        if encoder_hidden_states is None or pooled_projections is None:
+            stored = self.prompt(batch=hidden_states.shape[0])
+            encoder_hidden_states = stored[0] if encoder_hidden_states is None else encoder_hidden_states
+            pooled_projections = stored[1] if pooled_projections is None else pooled_projections
+        kwargs = dict(joint_attention_kwargs or {})
+        if condition is not None:
+            kwargs["condition"] = condition.tokens
+        return super().forward(
+            hidden_states,
+            encoder_hidden_states=encoder_hidden_states.to(hidden_states.dtype),
+            pooled_projections=pooled_projections.to(hidden_states.dtype),
+            timestep=timestep,
+            joint_attention_kwargs=kwargs,
+            return_dict=False,
+        )[0]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        condition: Condition | None = None,
+        *,
+        lq_latents: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        pooled_projections: Tensor | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Velocity of the flow at x_t.
+
+        Args:
+            hidden_states: x_t [B,c,h,w]. timestep: 1000·t, [B].
+            condition: of `encode_condition`; reuse it over steps. lq_latents: the damaged latents,
+                encoded in this call instead. Neither: the bare backbone.
+            encoder_hidden_states [B,T,C], pooled_projections [B,P]: text; default the stored prompt.
+        """
+        if condition is None and lq_latents is not None:
+            condition = self.encode_condition(lq_latents)
+        kind = self.config["prediction_type"]
+        if condition is None and kind == "residual":
+            raise ValueError("condition: a model that predicts residuals needs the damaged picture")
+        output = self.predict(
+            hidden_states,
+            timestep,
+            condition,
+            encoder_hidden_states,
+            pooled_projections,
+            joint_attention_kwargs,
+        )
+        lq = hidden_states if condition is None else condition.latents
+        t = timestep.to(hidden_states.dtype) / 1000
+        v = flow.to_velocity(kind, output, hidden_states, t, lq, self.config["damage_std"])
+        return Transformer2DModelOutput(sample=v) if return_dict else (v,)
+
+    @torch.no_grad()
+    def randomize_(self, seed: int = 0) -> "MiMDiTTransformer2DModel":
+        """Draw what starts at zero or one (ZeroLinear, routers, biases, tables), for equality tests.
+
+        A fresh model hides faults: its conditioning is zero and its routers are nearly uniform.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for name, tensor in self.mim.named_parameters():
+            noise = torch.randn(tensor.shape, generator=generator).to(tensor)
+            if name == "zero_weight":
+                tensor.copy_(noise * tensor.shape[-1] ** -0.5)
+            elif name.endswith("_router"):
+                tensor.copy_(noise * 0.5)
+            elif name.endswith(("bias", "table", "norm_weight", "temperature")):
+                tensor.add_(noise * 0.1)
+        noise = torch.randn(self.mim.running_mean.shape, generator=generator)
+        self.mim.running_mean.copy_(noise * 0.1)
+        return self

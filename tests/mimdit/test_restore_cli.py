@@ -1,0 +1,313 @@
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mimdit.cli.restore import main
+
+
+class FakePipeline:
+    """Inverts the picture; `calls` holds the options of each call."""
+
+    def __init__(self):
+        self.calls = []
+        self.loads = []
+
+    def set_progress_bar_config(self, **_):
+        pass
+
+    def __call__(self, image, generator, output_type, **options):
+        assert image.dtype == np.float32 and output_type == "np"
+        noise = torch.rand(1, generator=generator).item()
+        self.calls.append({"noise": noise, **options})
+        if image.shape[:2] == (13, 13):
+            raise RuntimeError("unlucky size\nwith details")
+        result = np.full_like(image, np.nan) if image.shape[:2] == (17, 17) else 1 - image
+        routing = SimpleNamespace(as_dict=lambda: {"inter": [[0.25, 0.75]]})
+        return SimpleNamespace(images=result[None], routing=routing)
+
+
+@pytest.fixture
+def pipe(monkeypatch):
+    fake = FakePipeline()
+
+    def load(model, device, precision):
+        fake.loads.append((model, device, precision))
+        return fake
+
+    monkeypatch.setattr("mimdit.pipeline.load_pipeline", load)
+    return fake
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    return tmp_path / "in"
+
+
+def picture(path, size=(6, 5), value=40):
+    Image.new("RGB", size, (value, value, value)).save(path)
+    return path
+
+
+def pixel(path):
+    with Image.open(path) as image:
+        return np.asarray(image)[0, 0].tolist()
+
+
+def test_folder_goes_on_past_broken_files(pipe, folder, capsys):
+    picture(folder / "a.png")
+    (folder / "b.png").write_text("text")
+    picture(folder / "c.png", (13, 13))
+    picture(folder / "d.png", (17, 17))
+    data = picture(folder / "e.JPG", (64, 64)).read_bytes()
+    (folder / "f.jpg").write_bytes(data[:-300])
+    assert main(["-i", str(folder), "-o", "out"]) == 1
+    out, err = capsys.readouterr()
+    assert sorted(p.name for p in (folder.parent / "out").iterdir()) == ["a.png", "e.JPG"]
+    assert out.startswith("restored 2 pictures into out in ") and "4 failed" in out
+    lines = err.splitlines()
+    assert len(lines) == 4 and "Traceback" not in err
+    for line, name, words in zip(
+        lines, "bcdf", ("not a picture", "unlucky size", "non-finite", "truncated"), strict=True
+    ):
+        assert f"in/{name}." in line and words in line
+    assert pixel("out/a.png") == [215] * 3
+
+
+def test_every_picture_starts_from_the_same_seed(pipe, folder):
+    for name in ("a.png", "b.png"):
+        picture(folder / name)
+    assert main(["-i", "in", "--seed", "3"]) == 0
+    assert main(["-i", "in", "--seed", "4"]) == 0
+    noises = [call["noise"] for call in pipe.calls]
+    assert noises[0] == noises[1] != noises[2] == noises[3]
+
+
+def test_options_reach_the_pipeline(pipe, folder):
+    picture(folder / "a.png")
+    flags = "--model m --device cpu --precision bf16 -t 256 --tile-overlap 32 --batch-size 4"
+    more = "--steps 5 --guidance-scale 2.5 --strength 0.5 --color-fix wavelet"
+    assert main(["-i", "in/a.png", *flags.split(), *more.split()]) == 0
+    assert pipe.loads == [("m", "cpu", "bf16")]
+    call = pipe.calls[0]
+    del call["noise"]
+    assert call == {
+        "num_inference_steps": 5,
+        "guidance_scale": 2.5,
+        "strength": 0.5,
+        "color_fix": "wavelet",
+        "tile": 256,
+        "tile_overlap": 32,
+        "tile_batch": 4,
+    }
+
+
+def test_defaults(pipe, folder):
+    picture(folder / "a.png")
+    assert main(["-i", "in", "--device", "cpu"]) == 0
+    assert pipe.loads == [("tiny", "cpu", None)]
+    assert pixel("restored/a.png") == [215] * 3
+    assert pipe.calls[0]["tile"] == 0 and pipe.calls[0]["num_inference_steps"] == 8
+
+
+def test_one_file_to_a_named_file(pipe, folder, capsys):
+    picture(folder / "a.png", (1, 1))
+    assert main(["-i", "in/a.png", "-o", "new/b.jpg", "--report", "--compare"]) == 0
+    assert sorted(p.name for p in (folder.parent / "new").iterdir()) == [
+        "b.jpg",
+        "b.json",
+        "b_compare.png",
+    ]
+    assert capsys.readouterr().out.startswith("restored 1 picture into new/b.jpg in ")
+
+
+def test_report_and_comparison(pipe, folder):
+    picture(folder / "a.png")
+    assert main(["-i", "in/a.png", "-o", "out", "--report", "--compare", "--suffix", "_x"]) == 0
+    report = json.loads((folder.parent / "out/a_x.json").read_text())
+    assert report["routing"] == {"inter": [[0.25, 0.75]]}
+    assert (report["width"], report["height"], report["seed"]) == (6, 5, 0)
+    with Image.open("out/a_x_compare.png") as image:
+        assert image.size == (14, 5)
+
+
+def test_globs_and_several_inputs(pipe, folder):
+    for name in ("a.png", "b.png", "c.jpg", "d.gif"):
+        picture(folder / name)
+    assert main(["-i", "in/*.png", "in/b.png", "in/c.jpg", "in/d.gif", "-o", "out"]) == 0
+    assert len(pipe.calls) == 4
+    names = sorted(p.name for p in (folder.parent / "out").iterdir())
+    assert names == ["a.png", "b.png", "c.jpg", "d.png"]
+
+
+@pytest.mark.parametrize("ext", ["png", "jpg", "webp"])
+def test_ext(pipe, folder, ext):
+    picture(folder / "a.png")
+    assert main(["-i", "in", "-o", "out", "--ext", ext]) == 0
+    with Image.open(f"out/a.{ext}") as image:
+        assert image.format == {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}[ext]
+
+
+def test_name_clash_is_reported_for_the_later_one(pipe, folder, capsys):
+    picture(folder / "a.jpg", value=40)
+    picture(folder / "a.png", value=90)
+    assert main(["-i", "in", "-o", "out", "--ext", "png"]) == 1
+    assert "in/a.png: would write the same files as in/a.jpg" in capsys.readouterr().err
+    assert pixel("out/a.png") == [215] * 3
+    assert main(["-i", "in", "-o", "out"]) == 0
+    assert main(["-i", "in", "-o", "out", "--report"]) == 1
+
+
+def test_inputs_are_only_replaced_on_demand(pipe, folder, capsys):
+    picture(folder / "a.png")
+    assert main(["-i", "in", "-o", "in"]) == 1
+    assert "would replace its own input" in capsys.readouterr().err
+    assert main(["-i", "in", "-o", "in", "--resume"]) == 1
+    assert pixel("in/a.png") == [40] * 3 and not pipe.calls
+    assert main(["-i", "in", "-o", "in", "--overwrite"]) == 0
+    assert pixel("in/a.png") == [215] * 3
+
+
+def test_another_input_is_never_replaced(pipe, folder, capsys):
+    picture(folder / "a.png")
+    picture(folder / "a_x.png", value=90)
+    assert main(["-i", "in", "-o", "in", "--suffix", "_x", "--overwrite"]) == 1
+    assert "would replace the input" in capsys.readouterr().err
+    assert pixel("in/a_x.png") == [90] * 3
+    assert pixel("in/a_x_x.png") == [165] * 3
+
+
+def test_running_twice_and_resume(pipe, folder, capsys):
+    for name in ("a.png", "b.png"):
+        picture(folder / name)
+    command = ["-i", "in", "-o", "out"]
+    assert main(command) == main(command) == 0
+    assert len(pipe.calls) == 4
+    (folder.parent / "out/b.png").unlink()
+    capsys.readouterr()
+    assert main([*command, "--resume"]) == 0
+    assert len(pipe.calls) == 5
+    assert "restored 1 picture into out" in (out := capsys.readouterr().out)
+    assert "1 already there" in out
+    loads = len(pipe.loads)
+    assert main([*command, "--resume"]) == 0
+    assert len(pipe.loads) == loads
+    assert main([*command, "--resume", "--report"]) == 0
+    assert len(pipe.calls) == 7
+
+
+@pytest.mark.parametrize("name", ["none.png", "none/*.png", "."])
+def test_nothing_to_read(pipe, folder, capsys, name):
+    assert main(["-i", name, "-o", "out.png"]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not pipe.loads and not (folder.parent / "out.png").exists()
+
+
+def test_only_broken_inputs_load_no_model(pipe, folder):
+    (folder / "a.png").write_text("text")
+    assert main(["-i", "in", "-o", "out"]) == 1
+    assert not pipe.loads and not (folder.parent / "out").exists()
+
+
+def test_output_folder_that_cannot_be_made(pipe, folder, capsys):
+    picture(folder / "a.png")
+    (folder.parent / "out").touch()
+    assert main(["-i", "in", "-o", "out"]) == 1
+    assert "cannot make this folder" in capsys.readouterr().err
+    assert not pipe.loads
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, KeyError, ImportError])
+def test_model_errors_are_one_sentence(folder, monkeypatch, capsys, error):
+    def load(*_):
+        raise error("no such model 'x'\nsecond line")
+
+    monkeypatch.setattr("mimdit.pipeline.load_pipeline", load)
+    picture(folder / "a.png")
+    assert main(["-i", "in", "--model", "x"]) == 1
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and "cannot load the model 'x'" in err
+    assert main(["-i", "in", "--model", "x", "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_missing_device(pipe, folder, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    picture(folder / "a.png")
+    assert main(["-i", "in", "--device", "cuda"]) == 1
+    assert "--device cuda is not available" in capsys.readouterr().err
+
+
+def test_out_of_memory_says_what_to_do(folder, pipe, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB")
+
+    monkeypatch.setattr(FakePipeline, "__call__", fail)
+    picture(folder / "a.png")
+    assert main(["-i", "in"]) == 1
+    assert "use smaller tiles" in capsys.readouterr().err
+
+
+def test_interrupt(folder, pipe, monkeypatch, capsys):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FakePipeline, "__call__", stop)
+    picture(folder / "a.png")
+    assert main(["-i", "in"]) == 130
+    assert "--resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--steps 0",
+        "--steps x",
+        "--strength 1.5",
+        "--strength nan",
+        "--guidance-scale -1",
+        "--seed -1",
+        "--tile -1",
+        "-t 64",
+        "--batch-size 0",
+        "--device tpu",
+        "--precision int8",
+        "--color-fix yes",
+        "--ext gif",
+        "--suffix a/b",
+        "--resume --overwrite",
+        "-o out.png",
+        "-o out.gif",
+        "--unknown",
+    ],
+)
+def test_wrong_arguments_exit_with_2(folder, capsys, flags):
+    for name in ("a.png", "b.png"):
+        picture(folder / name)
+    with pytest.raises(SystemExit) as caught:
+        main(["-i", "in", *flags.split()])
+    assert caught.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_a_named_file_excludes_suffix_and_ext(folder):
+    picture(folder / "a.png")
+    with pytest.raises(SystemExit):
+        main(["-i", "in", "-o", "b.png", "--ext", "jpg"])
+
+
+def test_help_imports_no_torch():
+    code = (
+        "import sys; from mimdit.cli.restore import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--color-fix" in done.stdout and "examples:" in done.stdout

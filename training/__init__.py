@@ -1,0 +1,1 @@
+"""Training of MiM-DiT on pictures that are damaged on the fly."""

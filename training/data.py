@@ -1,0 +1,204 @@
+"""Clean pictures for training, and pairs of a clean and a damaged crop.
+
+The photographs are those inside the scikit-image and scikit-learn wheels; nothing is downloaded.
+Four of them are held out for tests and measurements and are never returned for training.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import IterableDataset, get_worker_info
+
+from training.degrade import degrade, sample_kinds
+from training.scenes import procedural
+
+HELD_OUT = {
+    "coffee": ("skimage", "data/coffee.png"),
+    "motorcycle_left": ("skimage", "data/motorcycle_left.png"),
+    "motorcycle_right": ("skimage", "data/motorcycle_right.png"),
+    "china": ("sklearn", "datasets/images/china.jpg"),
+}
+
+# name -> (package, file in it, sampling weight): colour photographs carry most of the weight
+PHOTOGRAPHS = {
+    "astronaut": ("skimage", "data/astronaut.png", 1.0),
+    "chelsea": ("skimage", "data/chelsea.png", 1.0),
+    "flower": ("sklearn", "datasets/images/flower.jpg", 1.0),
+    "rocket": ("skimage", "data/rocket.jpg", 0.8),
+    "hubble_deep_field": ("skimage", "data/hubble_deep_field.jpg", 0.2),
+    "ihc": ("skimage", "data/ihc.png", 0.2),
+    "retina": ("skimage", "data/retina.jpg", 0.15),
+    "camera": ("skimage", "data/camera.png", 0.25),
+    "coins": ("skimage", "data/coins.png", 0.1),
+    "brick": ("skimage", "data/brick.png", 0.1),
+    "grass": ("skimage", "data/grass.png", 0.1),
+    "gravel": ("skimage", "data/gravel.png", 0.1),
+    "page": ("skimage", "data/page.png", 0.05),
+    "text": ("skimage", "data/text.png", 0.05),
+    "moon": ("skimage", "data/moon.png", 0.03),
+}
+
+EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"})
+
+
+def _read(path: Path) -> np.ndarray:
+    """[H, W, 3] uint8; gray pictures are repeated, transparency is dropped."""
+    with Image.open(path) as picture:
+        return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+
+
+def _inside(package: str, file: str) -> Path | None:
+    """The file in an installed package, or None; the package is not imported."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        return None
+    path = Path(spec.origin).parent / file
+    return path if path.is_file() else None
+
+
+def weighted_photographs() -> tuple[list[np.ndarray], np.ndarray]:
+    """The training photographs, [H, W, 3] uint8, and their sampling weights [N], sum 1."""
+    pictures, weights = [], []
+    for package, file, weight in PHOTOGRAPHS.values():
+        path = _inside(package, file)
+        if path is not None:
+            pictures.append(_read(path))
+            weights.append(weight)
+    return pictures, np.array(weights) / max(sum(weights), 1e-12)
+
+
+def photographs() -> list[np.ndarray]:
+    """The training photographs found on this computer, each [H, W, 3] uint8."""
+    return weighted_photographs()[0]
+
+
+def held_out() -> dict[str, np.ndarray]:
+    """The photographs kept for tests, by name, [H, W, 3] uint8; missing files are left out."""
+    paths = {name: _inside(package, file) for name, (package, file) in HELD_OUT.items()}
+    return {name: _read(path) for name, path in paths.items() if path is not None}
+
+
+def folder(path: str | Path) -> list[Path]:
+    """The picture files under a folder, at any depth, sorted; ValueError where there is none."""
+    files = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in EXTENSIONS)
+    if not files:
+        raise ValueError(f"folder: expected pictures {sorted(EXTENSIONS)} under {path}, got none")
+    return files
+
+
+class CleanCrops(Iterator[np.ndarray]):
+    """Endless clean crops, float32 [size, size, 3] in [0, 1].
+
+    `procedural_share` of them are drawn scenes; the rest come from the user's folder, where one
+    is given, in `folder_share` of the draws, and from the packaged photographs otherwise.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        rng: np.random.Generator,
+        procedural_share: float = 0.35,
+        path: str | Path | None = None,
+        folder_share: float = 0.8,
+    ) -> None:
+        if size < 1:
+            raise ValueError(f"size: expected at least 1, got {size}")
+        self.size = size
+        self.rng = rng
+        self.procedural_share = procedural_share
+        self.folder_share = folder_share
+        self.files = folder(path) if path is not None else []
+        self.pictures, self.weights = weighted_photographs()
+
+    def __next__(self) -> np.ndarray:
+        rng = self.rng
+        if rng.random() < self.procedural_share:
+            return procedural(self.size, rng)
+        if self.files and (rng.random() < self.folder_share or not self.pictures):
+            picture = _read(self.files[int(rng.integers(len(self.files)))])
+        elif self.pictures:
+            picture = self.pictures[int(rng.choice(len(self.pictures), p=self.weights))]
+        else:
+            return procedural(self.size, rng)
+        return _jitter(_turn(_crop(picture, self.size, rng), rng), rng)
+
+
+def _crop(picture: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """A crop [size, size, 3] uint8 at a log-uniform scale, from the whole picture to native."""
+    height, width = picture.shape[:2]
+    # Pixels of the picture per pixel of the crop; below 1 only where the picture is too small.
+    widest = min(height, width) / size
+    step = math.exp(rng.uniform(0.0, math.log(widest))) if widest > 1 else widest
+    side = min(size * step, height, width)
+    top, left = rng.uniform(0, height - side), rng.uniform(0, width - side)
+    if step == 1.0:
+        top, left = int(top), int(left)
+    box = (left, top, left + side, top + side)
+    resized = Image.fromarray(picture).resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return np.asarray(resized)
+
+
+def _turn(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A horizontal flip in half of the draws; upside down or a quarter turn in a twentieth."""
+    if rng.random() < 0.5:
+        crop = crop[:, ::-1]
+    if rng.random() < 0.05:
+        crop = crop[::-1]
+    if rng.random() < 0.05:
+        crop = np.rot90(crop)
+    return crop
+
+
+def _jitter(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """float32 in [0, 1] with a mild change of exposure: both must stay guessable from content."""
+    gain, gamma = rng.uniform(0.92, 1.05), math.exp(rng.normal(0.0, 0.07))
+    clean = np.power(crop.astype(np.float32) / np.float32(255), np.float32(gamma))
+    return np.clip(np.float32(gain) * clean, 0.0, 1.0)
+
+
+class PairDataset(IterableDataset[dict[str, torch.Tensor | str]]):
+    """Endless pairs: `clean` and `damaged`, float32 [3, size, size] in [0, 1], and `kinds`.
+
+    `kinds` are the names joined by "+", in the order applied. Seeded by (seed, worker): the same
+    seed and number of workers give the same pairs. The damaged crop is rounded to 8 bits, as a
+    stored picture is. For another size, make a new one.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        seed: int = 0,
+        mixtures: float = 0.3,
+        procedural_share: float = 0.35,
+        path: str | Path | None = None,
+    ) -> None:
+        super().__init__()
+        self.size = size
+        self.seed = seed
+        self.mixtures = mixtures
+        self.procedural_share = procedural_share
+        self.path = path
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor | str]]:
+        worker = get_worker_info()
+        rng = np.random.default_rng([self.seed, worker.id if worker is not None else 0])
+        for clean in CleanCrops(self.size, rng, self.procedural_share, self.path):
+            damaged, label = degrade(clean, sample_kinds(rng, self.mixtures), rng)
+            stored = np.round(damaged * 255) / np.float32(255)
+            yield {
+                "clean": _tensor(clean),
+                "damaged": _tensor(stored),
+                "kinds": "+".join(label.kinds),
+            }
+
+
+def _tensor(image: np.ndarray) -> torch.Tensor:
+    """[H, W, 3] to [3, H, W]."""
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32))
