@@ -18,20 +18,15 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from mimdit.deep_colour import deep_planes, encode_deep_png
 
-WRITE_FORMATS = {
-    ".png": "PNG",
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".jfif": "JPEG",
-    ".webp": "WEBP",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-    ".bmp": "BMP",
-}
+WRITE_FORMATS = (
+    {".png": "PNG", ".webp": "WEBP", ".bmp": "BMP"}
+    | dict.fromkeys((".jpg", ".jpeg", ".jfif"), "JPEG")
+    | dict.fromkeys((".tif", ".tiff"), "TIFF")
+)
 READ_SUFFIXES = frozenset(WRITE_FORMATS) | {".gif", ".pgm", ".ppm", ".avif"}
 
 # Pillow also opens formats that start other programs (EPS), so the list is closed.
-_OPEN_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")
+_OPEN_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")
 _ALPHA_FORMATS = ("PNG", "WEBP", "TIFF")
 _GRAY_MODES = ("1", "L", "LA", "La")
 _ORIENTATION = 0x0112
@@ -90,7 +85,7 @@ def read_picture(path: str | Path) -> Picture:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return _decode(path)
-    except PictureError:
+    except (PictureError, MemoryError):
         raise
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
@@ -103,8 +98,6 @@ def read_picture(path: str | Path) -> Picture:
         ) from None
     except PermissionError:
         raise PictureError(f"{path}: no permission to read it; check the file's rights") from None
-    except MemoryError:
-        raise
     # The decoders let many types through on damaged data: OSError, SyntaxError, struct.error ...
     except Exception as error:
         raise PictureError(
@@ -160,7 +153,7 @@ def write_picture(
         else:
             data = _encode(pixels, kind, icc, like.exif, quality)
         write_bytes(path, data)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise PictureError(f"{path}: cannot be written ({_one_line(error)})") from error
 
 
@@ -200,11 +193,8 @@ def find_pictures(pattern: str | Path) -> list[Path]:
         missing = f"{path}: no picture matches; check the pattern"
     else:
         raise PictureError(f"{path}: no such file or folder; check the path")
-    pictures = [
-        each
-        for each in found
-        if each.suffix.lower() in READ_SUFFIXES and each.is_file() and each.name[0] != "."
-    ]
+    seen = [each for each in found if each.is_file() and not each.name.startswith(".")]
+    pictures = [each for each in seen if each.suffix.lower() in READ_SUFFIXES]
     if not pictures:
         raise PictureError(missing)
     return sorted(pictures)
@@ -224,7 +214,10 @@ def compare(before: np.ndarray, after: np.ndarray) -> np.ndarray:
 
 
 def _decode(path: Path) -> Picture:
-    with Image.open(path, formats=_OPEN_FORMATS) as image:
+    # With `formats` given, Pillow neither loads its rarer readers nor passes over absent ones.
+    Image.init()
+    formats = [name for name in _OPEN_FORMATS if name in Image.OPEN]
+    with Image.open(path, formats=formats) as image:
         if 0 in image.size:
             raise PictureError(f"{path}: has no pixels; copy or download it again")
         form = image.format or ""
@@ -292,7 +285,8 @@ def _encode(
     options: dict[str, Any] = {
         "JPEG": {"quality": quality, "subsampling": 0},
         "WEBP": {"quality": quality, "exact": True},
-        "TIFF": {"compression": "tiff_adobe_deflate"},
+        # Pillow's compressed TIFFs lose the directories inside EXIF (exposure, position).
+        "TIFF": {} if exif else {"compression": "tiff_adobe_deflate"},
     }.get(kind, {})
     # One JPEG segment holds at most 65,533 bytes.
     if exif is not None and not (kind == "JPEG" and len(exif) > 65533):
@@ -300,9 +294,8 @@ def _encode(
     if icc is not None:
         options["icc_profile"] = icc
     buffer = io.BytesIO()
-    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(
-        buffer, kind, **options
-    )
+    plane = pixels[..., 0] if pixels.shape[2] == 1 else pixels
+    Image.fromarray(plane).save(buffer, kind, **options)
     return buffer.getvalue()
 
 

@@ -22,21 +22,19 @@ class Routing:
     intra: Tensor
     index: Tensor
 
-    def expand(self, batch: int) -> "Routing":
-        """The same choice for `batch` pictures, from the routing of one (tiles of a picture)."""
-        return Routing(*(x.expand(-1, batch, *x.shape[2:]) for x in self._tensors()))
-
-    def select(self, picture: int) -> "Routing":
-        """The routing of one picture of the batch."""
-        return Routing(*(x[:, picture : picture + 1] for x in self._tensors()))
+    def repeat(self, times: int) -> "Routing":
+        """The choices of B pictures for times·B of them (tiles, tile by tile)."""
+        return Routing(
+            *(x.repeat(1, times, *[1] * (x.ndim - 2)) for x in (self.inter, self.intra, self.index))
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Nested lists, for JSON."""
-        names = ("inter", "intra", "index")
-        return {n: x.tolist() for n, x in zip(names, self._tensors(), strict=True)}
+        return {name: getattr(self, name).tolist() for name in ("inter", "intra", "index")}
 
-    def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.inter, self.intra, self.index
+    def at(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """inter [B,G], intra [B,G,k] and index [B,G,k] of one block."""
+        return self.inter[layer], self.intra[layer], self.index[layer]
 
 
 class MiM(nn.Module):
@@ -121,7 +119,7 @@ class MiM(nn.Module):
                 self._track(pooled.detach(), layer)
             inter, intra, index = self._route(pooled, layer)
         else:
-            inter, intra, index = (x[layer] for x in routing._tensors())
+            inter, intra, index = routing.at(layer)
         mixed = y
         for g, bank in enumerate(self.banks):
             out = bank(u, y, grid, layer, index[:, g])  # [B,k,T,d]

@@ -10,6 +10,9 @@ from diffusers import SD3Transformer2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import PatchEmbed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+# Diffusers recognises the kind of a pipeline's component by this name in the component's module.
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401
 from torch import Tensor, nn
 
 from mimdit import flow

@@ -131,7 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=number(int, 0),
         default=0,
         metavar="PIXELS",
-        help="tile side; 0 chooses it by free memory (default: 0)",
+        help="tile side; 0 leaves it to the model (default: 0)",
     )
     add(
         "--tile-overlap",

@@ -1,0 +1,34 @@
+import pytest
+import torch
+
+from mimdit import flow
+
+
+@pytest.mark.parametrize("kind", ["sample", "residual"])
+@pytest.mark.parametrize("t", [1e-3, 0.3, 1.0])
+def test_the_perfect_output_gives_the_true_velocity(kind: str, t: float) -> None:
+    torch.manual_seed(0)
+    x0, noise, z = torch.randn(3, 2, 48, 8, 8, dtype=torch.float64)
+    time = torch.full((2,), t, dtype=torch.float64)
+    x_t = flow.interpolate(x0, noise, time)
+    s = 0.4
+    n = (1 - t) ** 2 + (t / s) ** 2
+    mean = ((1 - t) * x_t + (t / s) ** 2 * z) / n
+    output = x0 if kind == "sample" else (x0 - mean) * n**0.5 / t
+    v = flow.to_velocity(kind, output, x_t, time, z, s)
+    torch.testing.assert_close(v, noise - x0, rtol=1e-9, atol=1e-9)
+
+
+def test_zero_residual_at_pure_noise_is_the_damaged_picture() -> None:
+    x1, z = torch.randn(2, 1, 48, 8, 8)
+    v = flow.to_velocity("residual", torch.zeros_like(z), x1, torch.ones(1), z, 0.4)
+    torch.testing.assert_close(x1 - v, z)
+
+
+def test_residual_loss_is_plain_in_the_output() -> None:
+    x0, noise, z, off = torch.randn(4, 3, 48, 4, 4, dtype=torch.float64)
+    t = torch.tensor([0.01, 0.5, 1.0], dtype=torch.float64)
+    x_t = flow.interpolate(x0, noise, t)
+    v = [flow.to_velocity("residual", o, x_t, t, z, 0.4) for o in (off, torch.zeros_like(off))]
+    error = (v[0] - v[1]).square().mean((1, 2, 3)) * flow.loss_weight("residual", t, 0.4)
+    torch.testing.assert_close(error, off.square().mean((1, 2, 3)))

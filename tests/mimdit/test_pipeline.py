@@ -1,0 +1,203 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mimdit.pipeline import MiMDiTPipeline, assemble, load_pipeline
+from mimdit.presets import build
+from mimdit.transformer import MiMDiTTransformer2DModel
+
+
+@pytest.fixture(scope="module")
+def pipe(debug_model: MiMDiTTransformer2DModel) -> MiMDiTPipeline:
+    pipe = assemble(debug_model, default_steps=3)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).random((height, width, 3), dtype=np.float32)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 300), (128, 128), (131, 257)], ids=str)
+def test_any_size_comes_back_exactly(pipe: MiMDiTPipeline, size: tuple[int, int]) -> None:
+    out = pipe(picture(*size), generator=seeded(), output_type="np").images
+    assert out.shape == (1, *size, 3)
+    assert np.isfinite(out).all()
+    assert out.min() >= 0
+    assert out.max() <= 1
+
+
+def test_same_seed_same_bits(pipe: MiMDiTPipeline) -> None:
+    x = picture(140, 90)
+    a, b, c = (pipe(x, generator=seeded(s), output_type="np").images for s in (0, 0, 1))
+    assert np.array_equal(a, b)
+    assert not np.array_equal(a, c)
+
+
+def test_saved_and_loaded(pipe: MiMDiTPipeline, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path)
+    assert not list(tmp_path.rglob("*.bin"))
+    loaded = load_pipeline(str(tmp_path))
+    loaded.set_progress_bar_config(disable=True)
+    assert loaded.config["default_steps"] == 3
+    for name, tensor in pipe.transformer.state_dict().items():
+        assert torch.equal(loaded.transformer.state_dict()[name], tensor), name
+    x = picture(64, 64)
+    a, b = (p(x, generator=seeded(), output_type="np").images for p in (pipe, loaded))
+    np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_kinds_of_input_and_output(pipe: MiMDiTPipeline) -> None:
+    array = (picture(40, 50) * 255).astype(np.uint8)
+    tensor = torch.from_numpy(array).permute(2, 0, 1) / 255
+    results = [
+        pipe(image, generator=seeded(), output_type="pt").images
+        for image in (array, Image.fromarray(array), tensor, [Image.fromarray(array)])
+    ]
+    for result in results:
+        assert result.shape == (1, 3, 40, 50)
+        assert torch.equal(result, results[0])
+    assert pipe(array, generator=seeded()).images[0].size == (50, 40)
+    assert pipe(array, generator=seeded(), output_type="latent").images.shape == (1, 48, 32, 32)
+
+
+def test_batch_equals_single_pictures(pipe: MiMDiTPipeline) -> None:
+    both = np.stack([picture(150, 140, s) for s in (1, 2)])
+    batch = pipe(both, generator=[seeded(1), seeded(2)], output_type="np", tile_batch=3).images
+    for i in (0, 1):
+        single = pipe(both[i], generator=seeded(i + 1), output_type="np").images[0]
+        np.testing.assert_allclose(batch[i], single, atol=2e-4)
+
+
+def test_routing_of_tiles_is_the_pictures(
+    pipe: MiMDiTPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    encode: Callable = pipe.transformer.encode_condition
+
+    def watch(latents: torch.Tensor, routing: object = None) -> object:
+        condition = encode(latents, routing)
+        seen.append(condition.routing)
+        return condition
+
+    monkeypatch.setattr(pipe.transformer, "encode_condition", watch)
+    out = pipe(picture(300, 200), generator=seeded(), num_inference_steps=1)
+    assert len(seen) > 2
+    for routing in seen:
+        assert torch.equal(routing.index, out.routing.index)
+
+
+def test_conditions_kept_or_computed_anew(
+    pipe: MiMDiTPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = picture(150, 200)
+    kept = pipe(x, generator=seeded(), output_type="np").images
+    monkeypatch.setattr("mimdit.pipeline._CONDITION_BYTES", 0)
+    assert np.array_equal(pipe(x, generator=seeded(), output_type="np").images, kept)
+
+
+def test_strength_zero_and_callback(pipe: MiMDiTPipeline) -> None:
+    x = picture(33, 47)
+    out = pipe(x, strength=0, generator=seeded(), output_type="np").images[0]
+    np.testing.assert_allclose(out, x, atol=1e-6)
+    seen: list[int] = []
+
+    def callback(_: MiMDiTPipeline, i: int, t: torch.Tensor, state: dict) -> dict:
+        seen.append(i)
+        return {"latents": torch.zeros_like(state["latents"])} if i == 2 else state
+
+    out = pipe(x, generator=seeded(), callback_on_step_end=callback, output_type="np").images
+    assert seen == [0, 1, 2]
+    assert np.array_equal(out, np.full_like(out, 0.5))
+
+
+@pytest.mark.parametrize("fix", ["adain", "wavelet"])
+def test_color_fix_moves_the_mean_to_the_input(pipe: MiMDiTPipeline, fix: str) -> None:
+    x = picture(64, 64) * 0.2 + 0.4
+    plain, fixed = (
+        pipe(x, generator=seeded(), color_fix=f, output_type="np").images[0] for f in ("none", fix)
+    )
+    target = x.mean((0, 1))
+    assert np.abs(fixed.mean((0, 1)) - target).max() < np.abs(plain.mean((0, 1)) - target).max()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_inference_steps": 0}, "num_inference_steps"),
+        ({"strength": 1.5}, "strength"),
+        ({"guidance_scale": 2.0}, "no positive and negative prompt"),
+        ({"color_fix": "blue"}, "color_fix"),
+        ({"tile": 4}, "tile: expected 0 or 8 to 128"),
+        ({"tile": 64, "tile_overlap": 64}, "tile_overlap"),
+        ({"output_type": "jpg"}, "output_type"),
+    ],
+)
+def test_bad_arguments(pipe: MiMDiTPipeline, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pipe(picture(64, 64), **options)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((8, 8), np.float32),
+        np.full((8, 8, 3), np.nan, np.float32),
+        np.full((8, 8, 3), 200.0, np.float32),
+        [np.zeros((8, 8, 3), np.float32), np.zeros((8, 9, 3), np.float32)],
+        "photo.png",
+    ],
+    ids=["gray", "nan", "range", "sizes", "path"],
+)
+def test_bad_pictures(pipe: MiMDiTPipeline, image: object) -> None:
+    with pytest.raises(ValueError, match="image: expected"):
+        pipe(image)  # pyright: ignore[reportArgumentType]
+
+
+def test_equal_prompts_make_guidance_an_error() -> None:
+    model = build("debug", prompts=("empty", "positive", "negative")).randomize_(0).eval()
+    pipe = assemble(model, 1)
+    pipe.set_progress_bar_config(disable=True)
+    x = picture(32, 32)
+    plain, guided = (
+        pipe(x, guidance_scale=g, generator=seeded(), output_type="np").images for g in (1.0, 3.0)
+    )
+    assert not np.array_equal(plain, guided)
+    with torch.no_grad():
+        model.prompt_embeds[1] = model.prompt_embeds[2]
+    with pytest.raises(ValueError, match="prompts are equal"):
+        pipe(x, guidance_scale=3.0)
+
+
+def test_not_finite_results_are_refused() -> None:
+    model = build("debug").eval()
+    with torch.no_grad():
+        model.proj_out.bias.fill_(float("nan"))
+    pipe = assemble(model, 1)
+    pipe.set_progress_bar_config(disable=True)
+    with pytest.raises(ValueError, match="not finite"):
+        pipe(picture(32, 32))
+
+
+def test_wrong_checkpoints(pipe: MiMDiTPipeline, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected .*tiny.*, a folder, or a hub id"):
+        load_pipeline("nothing")
+    with pytest.raises(ValueError, match="no model_index.json"):
+        load_pipeline(str(tmp_path))
+    pipe.save_pretrained(tmp_path)
+    from safetensors.torch import load_file, save_file
+
+    file = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors.pop("mim.zero_weight")
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match="not the weights of this model"):
+        load_pipeline(str(tmp_path))

@@ -1,0 +1,39 @@
+import pytest
+import torch
+
+from mimdit.tiling import plan_tiles, reflect_pad
+
+
+@pytest.mark.parametrize("plane", [(64, 64), (66, 200), (130, 34), (500, 64)])
+def test_identity_survives_and_tiles_overlap(plane: tuple[int, int]) -> None:
+    tiling = plan_tiles(plane, 64, 16, 2)
+    x = torch.randn(2, 3, *plane)
+    out = tiling.blend(lambda tiles: tiling.cut(x, tiles), x, batch=3)
+    torch.testing.assert_close(out, x)
+    for axis in (0, 1):
+        starts = sorted({c[axis] for c in tiling.corners})
+        assert starts[0] == 0
+        assert starts[-1] + tiling.size[axis] == plane[axis]
+        # Rounding to the grid may cost one multiple.
+        assert all(b - a <= tiling.size[axis] - 14 for a, b in zip(starts, starts[1:], strict=False))
+        assert all(s % 2 == 0 for s in starts)
+
+
+def test_one_tile_is_passed_through() -> None:
+    x = torch.randn(1, 3, 32, 32)
+    tiling = plan_tiles((32, 32), 64, 16, 2)
+    assert torch.equal(tiling.blend(lambda t: tiling.cut(x, t), x, 1), x)
+
+
+@pytest.mark.parametrize(("tile", "overlap", "message"), [(64, 64, "overlap"), (63, 8, "tile:")])
+def test_bad_plans(tile: int, overlap: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan_tiles((128, 128), tile, overlap, 2)
+
+
+def test_reflection_like_numpy_and_beyond() -> None:
+    x = torch.arange(12.0).view(1, 1, 3, 4)
+    expected = torch.nn.functional.pad(x, (0, 3, 0, 2), mode="reflect")
+    assert torch.equal(reflect_pad(x, 5, 7), expected)
+    assert reflect_pad(x, 3, 11)[0, 0, 0].tolist() == [0, 1, 2, 3, 2, 1, 0, 1, 2, 3, 2]
+    assert torch.equal(reflect_pad(x[..., :1, :1], 4, 5), torch.zeros(1, 1, 4, 5))

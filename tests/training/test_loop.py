@@ -1,0 +1,86 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mimdit.presets import build, pixel_codec
+from training.loop import Settings, balance_loss, sample_times, stage_of, train
+from training.warm_start import align_positions_
+
+
+def settings(folder: Path, steps: int) -> Settings:
+    return Settings(
+        output=str(folder),
+        steps=steps,
+        stages=((32, 3, 0.5), (64, 2, 0.5)),
+        warmup=2,
+        checkpointing_steps=2,
+        workers=0,
+        balance=0.01,
+    )
+
+
+def test_run_checkpoint_and_resume(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = align_positions_(build("tiny", num_layers=2))
+    before = model.mim.inter_router.detach().clone()
+    train(model, pixel_codec(), settings(tmp_path, 4))
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 4
+    assert 0 < rows[-1]["loss"] < 10
+    assert sum(rows[-1]["inter"]) == pytest.approx(1, abs=1e-3)
+    assert not torch.equal(model.mim.inter_router, before)
+
+    again = build("tiny", num_layers=2)
+    train(again, pixel_codec(), settings(tmp_path, 6), resume="latest")
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [4, 6]
+
+
+def test_resume_without_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected a checkpoint-N folder"):
+        train(build("debug"), pixel_codec(), settings(tmp_path, 2), resume="latest")
+
+
+def test_the_start_is_the_damaged_picture() -> None:
+    model = align_positions_(build("tiny")).eval()
+    z, x1 = torch.randn(2, 1, 48, 32, 32)
+    with torch.no_grad():
+        v = model(x1, torch.tensor([1000.0]), lq_latents=z).sample
+    torch.testing.assert_close(x1 - v, z)
+
+
+def test_the_start_attends_to_the_same_place() -> None:
+    """Image tokens find the conditioning token of their place before any training."""
+    model = align_positions_(build("tiny")).eval()
+    z = torch.randn(1, 48, 32, 32) * 0.5
+    with torch.no_grad():
+        condition = model.encode_condition(z)
+        block = model.transformer_blocks[0]
+        image = torch.nn.functional.layer_norm(model.pos_embed(z), (256,))
+        q = block.attn.to_q(image)[0, :, :64]
+        k = block.attn.to_k(condition.tokens[0])[0, :, :64]
+    found = (q @ k.T).argmax(-1)
+    assert (found == torch.arange(256)).float().mean() > 0.9
+
+
+def test_times_and_stages() -> None:
+    t = sample_times(4000, Settings(), torch.Generator().manual_seed(0))
+    assert t.min() > 0
+    assert t.max() == 1
+    assert (t == 1).float().mean() == pytest.approx(0.25, abs=0.03)
+    s = Settings(steps=100)
+    assert [stage_of(i, s)[0] for i in (0, 59, 60, 99, 100)] == [128, 128, 256, 256, 256]
+    with pytest.raises(ValueError, match="add up to 1"):
+        Settings(stages=((64, 1, 0.5),))
+
+
+def test_balance_is_one_for_even_routers() -> None:
+    model = build("debug")
+    with torch.no_grad():
+        model.mim.intra_router.zero_()
+    even = torch.full((2, 3, 4, 4), 0.5)
+    pooled = torch.randn(2, 3, 64)
+    assert balance_loss(model, pooled, even).item() == pytest.approx(1)
