@@ -33,7 +33,7 @@ DAMAGES: dict[str, tuple[tuple[str, ...], dict[str, dict[str, Any]]]] = {
 
 
 def pictures(size: int) -> dict[str, np.ndarray]:
-    """Central squares of the held-out photographs at `size` pixels, float32 [size,size,3] in [0,1]."""
+    """Central squares of the held-out photographs, float32 [size,size,3] in [0,1]."""
     found = {}
     for name, array in held_out().items():
         side = min(array.shape[:2])

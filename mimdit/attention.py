@@ -1,5 +1,8 @@
 """Attention processors that let the blocks of diffusers' SD3 transformer see the conditioning."""
 
+# Diffusers types the projections as optional; joint attention always has them.
+# pyright: reportOptionalCall=false, reportOptionalSubscript=false
+
 import torch
 from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
 from torch import Tensor
@@ -16,7 +19,8 @@ class MiMJointAttnProcessor(JointAttnProcessor2_0):
         super().__init__()
         self.layer = layer
 
-    def __call__(
+    # Diffusers declares FloatTensor, which no torch function is typed to return.
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         attn: Attention,
         hidden_states: Tensor,
@@ -25,10 +29,20 @@ class MiMJointAttnProcessor(JointAttnProcessor2_0):
         condition: tuple[Tensor, ...] | None = None,
     ) -> tuple[Tensor, Tensor] | Tensor:
         if condition is None:
-            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
+            return super().__call__(
+                attn,
+                hidden_states,  # pyright: ignore[reportArgumentType]
+                encoder_hidden_states,  # pyright: ignore[reportArgumentType]
+                attention_mask,  # pyright: ignore[reportArgumentType]
+            )
         tokens = hidden_states.shape[1]
         both = torch.cat([hidden_states, condition[self.layer].to(hidden_states.dtype)], dim=1)
-        image, text = super().__call__(attn, both, encoder_hidden_states, attention_mask)
+        image, text = super().__call__(
+            attn,
+            both,  # pyright: ignore[reportArgumentType]
+            encoder_hidden_states,  # pyright: ignore[reportArgumentType]
+            attention_mask,  # pyright: ignore[reportArgumentType]
+        )
         return image[:, :tokens], text
 
 
@@ -70,9 +84,10 @@ class KeyValueMiMProcessor(MiMJointAttnProcessor):
 
 
 class ImageAttnProcessor(JointAttnProcessor2_0):
-    """For `attn2`, the image-only attention of dual blocks: it is handed `condition` and ignores it."""
+    """For `attn2`, the image-only attention of dual blocks; it ignores the `condition` it is given."""
 
-    def __call__(
+    # Diffusers declares FloatTensor, which no torch function is typed to return.
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         attn: Attention,
         hidden_states: Tensor,
@@ -81,4 +96,9 @@ class ImageAttnProcessor(JointAttnProcessor2_0):
         condition: tuple[Tensor, ...] | None = None,
     ) -> tuple[Tensor, Tensor] | Tensor:
         del condition
-        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
+        return super().__call__(
+            attn,
+            hidden_states,  # pyright: ignore[reportArgumentType]
+            encoder_hidden_states,  # pyright: ignore[reportArgumentType]
+            attention_mask,  # pyright: ignore[reportArgumentType]
+        )

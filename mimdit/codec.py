@@ -49,4 +49,6 @@ def decode(codec: Codec, latents: Tensor) -> Tensor:
     if isinstance(codec, PixelCodec):
         return codec.decode(latents)
     latents = latents / codec.config["scaling_factor"] + (codec.config["shift_factor"] or 0)
-    return codec.decode(latents.to(codec.dtype)).sample
+    # Diffusers declares FloatTensor, which no torch function is typed to return.
+    scaled = latents.to(codec.dtype)
+    return codec.decode(scaled).sample  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,7 @@
-"""Colour transfer from the damaged picture; off by default, as it undoes dehazing and low-light work."""
+"""Colour transfer from the damaged picture; off by default, as it undoes some restorations.
+
+Dehazing and brightening change colours on purpose.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +13,8 @@ COLOR_FIXES = ("none", "adain", "wavelet")
 def color_fix(kind: str, restored: Tensor, damaged: Tensor) -> Tensor:
     """[B,3,H,W] → [B,3,H,W] with the colours of `damaged`.
 
-    "adain" matches mean and deviation of each channel (arXiv 1703.06868, Eq. 8); "wavelet" takes the
-    low frequencies (five à-trous levels) of `damaged` and the rest of `restored` (StableSR).
+    "adain" matches mean and deviation of each channel (arXiv 1703.06868, Eq. 8); "wavelet" takes
+    the low frequencies (five à-trous levels) of `damaged` and the rest of `restored` (StableSR).
     """
     if kind == "none":
         return restored

@@ -17,7 +17,8 @@ Grid = tuple[int, int]
 def expert_linear(x: Tensor, weight: Tensor, index: Tensor, bias: Tensor | None = None) -> Tensor:
     """y[b,j] = x[b,(j)]·W[index[b,j]]ᵀ + bias[index[b,j]].
 
-    x [B,T,K] (shared by the slots) or [B,k,T,K], weight [E,N,K], index [B,k], bias [E,N] → [B,k,T,N].
+    x [B,T,K] (shared by the slots) or [B,k,T,K], weight [E,N,K], index [B,k], bias [E,N]
+    → [B,k,T,N].
     """
     if x.ndim == 3:
         x = x.unsqueeze(1)
@@ -138,14 +139,12 @@ def window_attention(
     x = F.pad(x, (0, 0, 0, -width % m, 0, -height % m))
     x = torch.roll(x, (-shift, -shift), (1, 2))
     padded_h, padded_w = x.shape[1:3]
-    q, k, v = rearrange(
-        x, "n (y m) (x p) (s h c) -> s n (y x) h (m p) c", m=m, p=m, s=3, h=heads
-    )
+    q, k, v = rearrange(x, "n (y m) (x p) (s h c) -> s n (y x) h (m p) c", m=m, p=m, s=3, h=heads)
     bias = table[:, :, relative_position(m, table.device)]  # [B,k,M²,M²,heads]
     bias = rearrange(bias, "b j p q h -> (b j) 1 h p q")
     region = window_regions(grid, m, shift, table.device)  # [windows, M²]
     apart = region[:, :, None] != region[:, None, :]
-    bias = bias.float().masked_fill(apart[None, :, None], float("-inf")).to(q.dtype)
+    bias = bias.to(q.dtype).masked_fill(apart[None, :, None], float("-inf"))
     out = F.scaled_dot_product_attention(
         q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), attn_mask=bias.flatten(0, 1)
     )
@@ -206,7 +205,8 @@ class SEExperts(nn.Module):
 def _heads(kind: str, dim: int, head_dim: int) -> int:
     if dim % head_dim:
         raise ValueError(
-            f"mim_dim: expected a multiple of {head_dim} (the head width of {kind} experts), got {dim}"
+            f"mim_dim: expected a multiple of {head_dim} (the head width of {kind} experts), "
+            f"got {dim}"
         )
     return dim // head_dim
 

@@ -22,11 +22,11 @@ def to_velocity(
 
     - "velocity": the output itself.
     - "sample": the output is x̂0, and v = (x_t − x̂0)/t.
-    - "residual": the output F corrects the mean of x0 given two Gaussian observations of it, x_t and
-      the damaged z_lq (standard deviation s = `damage_std`, flat prior):
+    - "residual": the output F corrects the mean of x0 given two Gaussian observations of it, x_t
+      and the damaged z_lq (standard deviation s = `damage_std`, flat prior):
       x̂0 = [(1−t)·x_t + (t/s)²·z_lq]/n + (t/√n)·F, n = (1−t)² + (t/s)².
-      A skip from z_lq that fades as x_t becomes the better witness. Substituted into v = (x_t − x̂0)/t
-      the division by t cancels, so small t magnifies nothing.
+      A skip from z_lq that fades as x_t becomes the better witness. Substituted into
+      v = (x_t − x̂0)/t the division by t cancels, so small t magnifies nothing.
     """
     if prediction_type == "velocity":
         return output
@@ -41,7 +41,8 @@ def to_velocity(
 def loss_weight(prediction_type: str, t: Tensor, damage_std: float) -> Tensor:
     """Weight of the squared velocity error, [B]: makes the loss plain in the network's own output.
 
-    For "sample" that is a constant in x̂0 clipped at t = 0.1 (t²·clip(1/t², 100)); for "residual" it is n.
+    For "sample" that is a constant in x̂0 clipped at t = 0.1 (t²·clip(1/t², 100)); for "residual"
+    it is n.
     """
     if prediction_type == "velocity":
         return torch.ones_like(t)

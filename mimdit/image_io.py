@@ -160,8 +160,7 @@ def write_picture(
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace the file at `path` in one step, so that a reader never sees half of it.
 
-    Raises:
-        OSError: from the file system; `path` is then as it was.
+    Raises OSError from the file system; `path` is then as it was.
     """
     # In the same folder, because os.replace does not cross file systems.
     part = path.with_name(f".{secrets.token_hex(8)}.part")
@@ -177,10 +176,7 @@ def find_pictures(pattern: str | Path) -> list[Path]:
     """Pictures that a file, folder (not its subfolders) or glob names, sorted by name.
 
     A file is taken whatever its suffix. In folders and globs suffixes count in any case, and
-    hidden files do not.
-
-    Raises:
-        PictureError: nothing is found.
+    hidden files do not. Raises PictureError where nothing is found.
     """
     path = Path(pattern)
     if path.is_dir():
@@ -203,8 +199,7 @@ def find_pictures(pattern: str | Path) -> list[Path]:
 def compare(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     """Two pictures [H, W, 3] side by side with a thin white line between: [H, 2 W + line, 3].
 
-    Raises:
-        ValueError: the shapes differ.
+    Raises ValueError where the shapes differ.
     """
     if before.shape != after.shape:
         raise ValueError(f"after: expected shape {before.shape}, got {after.shape}")

@@ -1,6 +1,7 @@
 """The mixture of experts inside a mixture of experts (MiM-DiT, Eq. 2 to 4).
 
-One module holds the parameters of all blocks, stacked `[layers, …]`; a block calls `mim(z, layer=l)`.
+One module holds the parameters of all blocks, stacked `[layers, …]`; a block calls
+`mim(z, layer=l)`.
 """
 
 from collections.abc import Sequence

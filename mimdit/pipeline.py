@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -65,7 +65,10 @@ class MiMDiTPipeline(DiffusionPipeline):
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         self.register_to_config(default_steps=default_steps)
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+    # The base class's other parameters pass through `kwargs`.
+    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, save_directory: str | Path, **kwargs: Any
+    ) -> None:
         """Write a folder that `from_pretrained` reads; always safetensors."""
         if not kwargs.setdefault("safe_serialization", True):
             raise ValueError("safe_serialization: expected True, weights are stored as safetensors")
@@ -91,8 +94,8 @@ class MiMDiTPipeline(DiffusionPipeline):
         """Restore one picture or a batch of equal size.
 
         Args:
-            image: PIL, numpy [H,W,3] or [B,H,W,3], torch [3,H,W] or [B,3,H,W] (in [0,1]; uint8 numpy
-                in [0,255]), or a list of pictures.
+            image: PIL, numpy [H,W,3] or [B,H,W,3], torch [3,H,W] or [B,3,H,W] (in [0,1]; uint8
+                numpy in [0,255]), or a list of pictures.
             guidance_scale: other than 1 needs stored "positive" and "negative" prompts.
             strength: 0 gives the damaged picture back, 1 the restored one, between them a blend.
             color_fix: "none", "adain" or "wavelet".
@@ -148,11 +151,18 @@ class MiMDiTPipeline(DiffusionPipeline):
 
         latents = randn_tensor(z_lq.shape, generator=generator, device=device, dtype=z_lq.dtype)
         self.scheduler.set_timesteps(steps, device=device)
-        timesteps = self.scheduler.timesteps
-        with self.progress_bar(total=len(timesteps)) as bar:
+        timesteps = cast(Tensor, self.scheduler.timesteps)
+        # A decorator of diffusers hides the signature.
+        with self.progress_bar(total=len(timesteps)) as bar:  # pyright: ignore[reportCallIssue]
             for i, t in enumerate(timesteps):
                 v = tiling.blend(velocity, latents, tile_batch)
-                latents = self.scheduler.step(v, t, latents, return_dict=False)[0]
+                # Diffusers declares FloatTensor, which no torch function is typed to return.
+                latents = self.scheduler.step(
+                    v,  # pyright: ignore[reportArgumentType]
+                    t,  # pyright: ignore[reportArgumentType]
+                    latents,  # pyright: ignore[reportArgumentType]
+                    return_dict=False,
+                )[0]
                 if callback_on_step_end is not None:
                     named = {"latents": latents}
                     state = {k: named[k] for k in callback_on_step_end_tensor_inputs}
@@ -204,13 +214,13 @@ class MiMDiTPipeline(DiffusionPipeline):
             return [model.prompt(None, batch)]
         if not {"positive", "negative"} <= set(model.config["prompts"]):
             raise ValueError(
-                f"guidance_scale: expected 1, as this model stores no positive and negative prompt; "
+                "guidance_scale: expected 1, as this model stores no positive and negative prompt; "
                 f"got {scale:g}"
             )
         positive, negative = model.prompt("positive", batch), model.prompt("negative", batch)
         if all(torch.equal(p, n) for p, n in zip(positive, negative, strict=True)):
             raise ValueError(
-                f"guidance_scale: expected 1, as the stored positive and negative prompts are equal; "
+                "guidance_scale: expected 1, as the stored positive and negative prompts are equal; "
                 f"got {scale:g}"
             )
         return [positive, negative]
@@ -256,7 +266,12 @@ def load_pipeline(model: str, device: str = "cpu", precision: str | None = None)
 
     precision: "fp32" (default), "bf16" or "fp16". Raises ValueError or OSError in one sentence.
     """
-    dtypes = {None: torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    dtypes = {
+        None: torch.float32,
+        "fp32": torch.float32,
+        "bf16": torch.bfloat16,
+        "fp16": torch.float16,
+    }
     if precision not in dtypes:
         raise ValueError(f"precision: expected bf16, fp16 or fp32, got {precision!r}")
     shipped = {p.name for p in WEIGHTS.iterdir() if p.is_dir()} if WEIGHTS.is_dir() else set()
@@ -267,12 +282,15 @@ def load_pipeline(model: str, device: str = "cpu", precision: str | None = None)
     if Path(folder).is_dir() and not (Path(folder) / "model_index.json").is_file():
         raise ValueError("not a model folder, it has no model_index.json")
     options: dict[str, Any] = {"dtype": dtypes[precision], "use_safetensors": True}
-    transformer, info = MiMDiTTransformer2DModel.from_pretrained(
+    # With `output_loading_info` diffusers returns a pair, which its annotation leaves out.
+    transformer, info = MiMDiTTransformer2DModel.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
         folder, subfolder="transformer", output_loading_info=True, **options
     )
     if info["missing_keys"] or info["unexpected_keys"]:
         wrong = sorted({*info["missing_keys"], *info["unexpected_keys"]})
-        raise ValueError(f"not the weights of this model: {len(wrong)} tensors differ ({wrong[0]}, …)")
+        raise ValueError(
+            f"not the weights of this model: {len(wrong)} tensors differ ({wrong[0]}, …)"
+        )
     pipe = MiMDiTPipeline.from_pretrained(folder, transformer=transformer, **options)
     return pipe.to(device)
 

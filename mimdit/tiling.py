@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tiling:
-    """Tiles of equal size (height, width) at (top, left) corners, covering a plane; latent units."""
+    """Tiles of equal size (height, width) at (top, left) corners that cover a plane, in latents."""
 
     plane: tuple[int, int]
     size: tuple[int, int]
@@ -22,7 +22,7 @@ class Tiling:
         return torch.cat(parts)
 
     def blend(self, run: Callable[[slice], Tensor], like: Tensor, batch: int) -> Tensor:
-        """Gaussian-weighted mean of `run(tiles)` [n·B,c,h,w] over the plane, `batch` tiles at a time."""
+        """Gaussian-weighted mean over the plane of `run(tiles)` [n·B,c,h,w], `batch` at a time."""
         if len(self.corners) == 1:
             return run(slice(0, 1)).to(like.dtype)
         h, w = self.size
@@ -43,7 +43,7 @@ class Tiling:
 
 
 def plan_tiles(plane: tuple[int, int], tile: int, overlap: int, multiple: int) -> Tiling:
-    """Evenly spread tiles of at most `tile`, overlapping by at least `overlap`, on a `multiple` grid.
+    """Evenly spread tiles of at most `tile`, overlapping by `overlap` or more, on a `multiple` grid.
 
     Raises ValueError unless 0 ≤ overlap < tile and everything is a multiple of `multiple`.
     """

@@ -3,11 +3,12 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import SD3Transformer2DModel
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.embeddings import PatchEmbed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
@@ -49,14 +50,16 @@ class ShiftablePatchEmbed(PatchEmbed):
 class MiMDiTTransformer2DModel(SD3Transformer2DModel):
     """MiM-DiT (arXiv 2603.02710) on diffusers' `SD3Transformer2DModel`.
 
-    The backbone keeps its modules and state-dict keys; `mim` holds the expert mixtures of all blocks.
-    Arguments up to `qk_norm` are the backbone's, in latent units. The others:
+    The backbone keeps its modules and state-dict keys; `mim` holds the expert mixtures of all
+    blocks. Arguments up to `qk_norm` are the backbone's, in latent units. The others:
 
         mim_dim … renormalize: see `MiM`.
         prediction_type, damage_std: see `flow.to_velocity`.
         prompts, prompt_tokens: names and length of the text embeddings stored with the weights, so
             that no text encoder is needed; the first is used when none is asked for.
     """
+
+    pos_embed: ShiftablePatchEmbed
 
     @register_to_config
     def __init__(
@@ -116,7 +119,8 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
     def use_literal_attention(self, literal: bool = True) -> None:
         """Choose Eq. 5 word for word, or (default) its exact form without the dropped queries."""
         processor = MiMJointAttnProcessor if literal else KeyValueMiMProcessor
-        for layer, block in enumerate(self.transformer_blocks):
+        for layer, module in enumerate(self.transformer_blocks):
+            block = cast(JointTransformerBlock, module)
             block.attn.set_processor(processor(layer))
             if block.attn2 is not None:
                 block.attn2.set_processor(ImageAttnProcessor())
@@ -147,7 +151,8 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
         height, width = latents.shape[-2:]
         if height % patch or width % patch:
             raise ValueError(
-                f"latents: expected height and width to be multiples of {patch}, got {height}×{width}"
+                f"latents: expected height and width to be multiples of {patch}, "
+                f"got {height}×{width}"
             )
         return height // patch, width // patch
 
@@ -175,7 +180,9 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
         """The network's raw output [B,c,h,w], before its conversion to a velocity."""
         if encoder_hidden_states is None or pooled_projections is None:
             stored = self.prompt(batch=hidden_states.shape[0])
-            encoder_hidden_states = stored[0] if encoder_hidden_states is None else encoder_hidden_states
+            encoder_hidden_states = (
+                stored[0] if encoder_hidden_states is None else encoder_hidden_states
+            )
             pooled_projections = stored[1] if pooled_projections is None else pooled_projections
         kwargs = dict(joint_attention_kwargs or {})
         if condition is not None:
@@ -184,12 +191,14 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
             hidden_states,
             encoder_hidden_states=encoder_hidden_states.to(hidden_states.dtype),
             pooled_projections=pooled_projections.to(hidden_states.dtype),
-            timestep=timestep,
+            # Diffusers declares LongTensor, but only embeds the value.
+            timestep=timestep,  # pyright: ignore[reportArgumentType]
             joint_attention_kwargs=kwargs,
             return_dict=False,
         )[0]
 
-    def forward(
+    # Unlike the backbone's, text is optional here and the condition comes before it.
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         hidden_states: Tensor,
         timestep: Tensor,
@@ -207,7 +216,8 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
             hidden_states: x_t [B,c,h,w]. timestep: 1000·t, [B].
             condition: of `encode_condition`; reuse it over steps. lq_latents: the damaged latents,
                 encoded in this call instead. Neither: the bare backbone.
-            encoder_hidden_states [B,T,C], pooled_projections [B,P]: text; default the stored prompt.
+            encoder_hidden_states [B,T,C], pooled_projections [B,P]: text; default the stored
+                prompt.
         """
         if condition is None and lq_latents is not None:
             condition = self.encode_condition(lq_latents)
@@ -229,9 +239,10 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
 
     @torch.no_grad()
     def randomize_(self, seed: int = 0) -> "MiMDiTTransformer2DModel":
-        """Draw what starts at zero or one (ZeroLinear, routers, biases, tables), for equality tests.
+        """Draw what starts at zero or one, for equality tests.
 
-        A fresh model hides faults: its conditioning is zero and its routers are nearly uniform.
+        That is ZeroLinear, routers, biases and tables. A fresh model hides faults: its conditioning
+        is zero and its routers are nearly uniform.
         """
         generator = torch.Generator().manual_seed(seed)
         for name, tensor in self.mim.named_parameters():

@@ -54,7 +54,7 @@ class Settings:
 
 
 def sample_times(batch: int, settings: Settings, generator: torch.Generator) -> Tensor:
-    """t [B] in (0, 1]: logit-normal (arXiv 2403.03206, Eq. 19), and t = 1 for a share of the draws."""
+    """t [B] in (0, 1]: logit-normal (arXiv 2403.03206, Eq. 19), with t = 1 for some of the draws."""
     normal = torch.randn(batch, generator=generator) * settings.t_std + settings.t_mean
     pure = torch.rand(batch, generator=generator) < settings.pure_noise
     return torch.where(pure, 1.0, normal.sigmoid().clamp(1e-3, 1.0))
@@ -65,20 +65,26 @@ def flow_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted velocity error; x0, z_lq, noise [B,c,h,w], t [B].
 
-    Returns the loss, and of the routing taken the mean inter weights [L,B,G] and the picks [L,B,G,E].
+    Returns the loss, and of the routing taken the mean inter weights [L,B,G] and the picks
+    [L,B,G,E].
     """
     x_t = flow.interpolate(x0, noise, t)
     condition = model.encode_condition(z_lq)
     v = model(x_t, 1000 * t, condition).sample
     error = (v.float() - (noise - x0)).square().mean(dim=(1, 2, 3))
     weight = flow.loss_weight(model.config["prediction_type"], t, model.config["damage_std"])
+    # By the error of a zero output, so that darkness and haze do not drown noise and rain.
+    scale = model.config["damage_std"] ** -2
+    damage = scale * (x0 - z_lq).square().mean(dim=(1, 2, 3))
+    near, far = (1 - t) ** 2, scale * t**2
+    weight = weight / (0.1 + (near + far * damage) / (near + far))
     routing = condition.routing
     picks = torch.nn.functional.one_hot(routing.index, model.mim.experts).sum(-2)
     return (weight * error).mean(), routing.inter, picks
 
 
 def balance_loss(model: MiMDiTTransformer2DModel, pooled: Tensor, picks: Tensor) -> Tensor:
-    """Switch Transformer's load-balance term (arXiv 2101.03961, Eq. 4) over all routers; 1 is even."""
+    """Switch Transformer's load balance (arXiv 2101.03961, Eq. 4) over all routers; 1 is even."""
     mim = model.mim
     centred = pooled - mim.running_mean[:, None]
     p = torch.einsum("lbd,lged->lbge", centred, mim.intra_router).softmax(-1).mean(1)
@@ -97,7 +103,7 @@ def stage_of(step: int, settings: Settings) -> tuple[int, int]:
 
 
 def _pairs(step: int, settings: Settings) -> Iterator[tuple[Tensor, Tensor]]:
-    """Clean and damaged pictures from `step` on, crops growing by stage; a resumed run sees new ones."""
+    """Clean and damaged pictures from `step` on; crops grow by stage, a resumed run sees new ones."""
     while True:
         crop, batch = stage_of(step, settings)
         dataset = PairDataset(
@@ -158,7 +164,7 @@ def train(
     began = time.perf_counter()
     model.train()
     while step < settings.steps:
-        for _ in range(settings.accumulation):
+        for part in range(settings.accumulation):
             clean, damaged = next(pairs)
             with accelerator.accumulate(model):
                 loss, inter, picks = _step(model, raw, codec, clean, damaged, settings, generator)
@@ -168,9 +174,10 @@ def train(
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()
+            if part == settings.accumulation - 1:
+                window.append((loss.item(), inter.mean((0, 1)), picks.float().mean(1), len(clean)))
         ema.step(raw.parameters())
         step += 1
-        window.append((loss.item(), inter.mean((0, 1)), picks.float().mean(1), len(clean)))
         bar.update()
         if step % 25 == 0 or step == settings.steps:
             row = _summary(step, window, time.perf_counter() - began, raw.mim.top_k)
@@ -206,10 +213,18 @@ def _step(
     top, left = (
         int(torch.randint(size - n + 1, (1,), generator=generator)) for n in (rows, columns)
     )
-    with raw.position_offset(top, left), torch.autocast(
-        device.type, torch.bfloat16, enabled=settings.mixed_precision == "bf16"
+    with (
+        raw.position_offset(top, left),
+        torch.autocast(device.type, torch.bfloat16, enabled=settings.mixed_precision == "bf16"),
     ):
-        loss, inter, picks = flow_loss(model, x0, z_lq, t, noise)  # pyright: ignore
+        # `prepare` of accelerate returns the model, typed as any module.
+        loss, inter, picks = flow_loss(
+            model,  # pyright: ignore[reportArgumentType]
+            x0,
+            z_lq,
+            t,
+            noise,
+        )
         if settings.balance:
             pooled = raw.pool_condition(z_lq)
             loss = loss + settings.balance * balance_loss(raw, pooled, picks)
@@ -249,5 +264,3 @@ def _resume(accelerator: Accelerator, out: Path, resume: str | None) -> int:
     folder = found[-1] if resume == "latest" else Path(resume)
     accelerator.load_state(str(folder))
     return int(folder.name.split("-")[1])
-
-

@@ -1,7 +1,7 @@
-"""Train a model from scratch, or go on: `python -m training.train --preset tiny --output runs/tiny`.
+"""Train a model from scratch, or go on with a run.
 
-Runs alone or under `accelerate launch`. With no `--data`, clean pictures are procedural ones and the
-photographs that come with scikit-image and scikit-learn.
+`python -m training.train --preset tiny --output runs/tiny`, alone or under `accelerate launch`.
+With no `--data`, clean pictures are procedural ones and the photographs that come with scikit-image and scikit-learn.
 """
 
 import argparse

@@ -58,8 +58,9 @@ def swin(b: SwinExperts, u: Tensor, y: Tensor, grid: tuple[int, int], i: tuple) 
     def one(x: Tensor, shift: int, n: int) -> Tensor:
         q, k, v = F.linear(x, b.qkv_weight[i][n], b.qkv_bias[i][n]).split(DIM, -1)
         # Without wrapping around, a shift by s moves the window borders to s, s + M, …
-        wy, wx = (rows - shift).div(m, rounding_mode="floor"), (columns - shift).div(
-            m, rounding_mode="floor"
+        wy, wx = (
+            (rows - shift).div(m, rounding_mode="floor"),
+            (columns - shift).div(m, rounding_mode="floor"),
         )
         same = (wy[:, None] == wy[None]) & (wx[:, None] == wx[None])
         dy = (rows[:, None] - rows[None] + m - 1).clamp(0, 2 * m - 2)
@@ -107,7 +108,8 @@ def test_relative_position_is_swins() -> None:
 
 def test_padding_and_wrapped_rows_are_apart() -> None:
     region = window_regions((8, 6), 4, 2, torch.device("cpu"))
-    # The last window of an 8×6 plane, padded to 8×8 and shifted by 2, holds padding and wrapped tokens.
+    # The last window of an 8×6 plane, padded to 8×8 and shifted by 2, holds padding and wrapped
+    # tokens.
     assert len(set(region[-1].tolist())) > 1
     assert len(set(region[0].tolist())) == 1
 

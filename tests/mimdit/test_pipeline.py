@@ -188,9 +188,9 @@ def test_not_finite_results_are_refused() -> None:
 
 
 def test_wrong_checkpoints(pipe: MiMDiTPipeline, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="expected .*tiny.*, a folder, or a hub id"):
+    with pytest.raises(ValueError, match=r"expected .*tiny.*, a folder, or a hub id"):
         load_pipeline("nothing")
-    with pytest.raises(ValueError, match="no model_index.json"):
+    with pytest.raises(ValueError, match=r"no model_index.json"):
         load_pipeline(str(tmp_path))
     pipe.save_pretrained(tmp_path)
     from safetensors.torch import load_file, save_file

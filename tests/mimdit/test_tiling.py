@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ def test_identity_survives_and_tiles_overlap(plane: tuple[int, int]) -> None:
         assert starts[0] == 0
         assert starts[-1] + tiling.size[axis] == plane[axis]
         # Rounding to the grid may cost one multiple.
-        assert all(b - a <= tiling.size[axis] - 14 for a, b in zip(starts, starts[1:], strict=False))
+        assert all(b - a <= tiling.size[axis] - 14 for a, b in pairwise(starts))
         assert all(s % 2 == 0 for s in starts)
 
 

@@ -5,11 +5,21 @@ from diffusers import SD3Transformer2DModel
 from mimdit.presets import PRESETS, build
 from mimdit.transformer import MiMDiTTransformer2DModel
 
-SD3_KEYS = (
-    "sample_size patch_size in_channels num_layers attention_head_dim num_attention_heads "
-    "joint_attention_dim caption_projection_dim pooled_projection_dim out_channels "
-    "pos_embed_max_size dual_attention_layers qk_norm"
-).split()
+SD3_KEYS = [
+    "sample_size",
+    "patch_size",
+    "in_channels",
+    "num_layers",
+    "attention_head_dim",
+    "num_attention_heads",
+    "joint_attention_dim",
+    "caption_projection_dim",
+    "pooled_projection_dim",
+    "out_channels",
+    "pos_embed_max_size",
+    "dual_attention_layers",
+    "qk_norm",
+]
 
 
 def inputs(height: int = 12, width: int = 20) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -67,10 +77,11 @@ def test_fresh_model_has_zero_conditioning_tokens() -> None:
 def test_every_part_of_the_conditioning_learns() -> None:
     torch.manual_seed(0)
     model = build("debug").train()
-    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     touched: set[str] = set()
-    for step in range(12):
-        z = torch.randn(8, 48, 16, 16) * (1 + step % 3)
+    for _ in range(12):
+        # Pictures that differ in colour and contrast, so that routers tell them apart.
+        z = torch.randn(8, 48, 16, 16) * torch.rand(8, 1, 1, 1) + torch.randn(8, 48, 1, 1)
         loss = model(torch.randn_like(z), torch.rand(8) * 1000, lq_latents=z).sample.square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -82,7 +93,9 @@ def test_every_part_of_the_conditioning_learns() -> None:
                 alive = (p.grad != 0).any(dim=axes) if axes else p.grad != 0
                 found = {f"{name}[{a},{b}]" for a, b in alive.nonzero().tolist()}
             else:
-                found = {f"{name}[{a}]" for (a,) in (p.grad.flatten(1) != 0).any(1).nonzero().tolist()}
+                found = {
+                    f"{name}[{a}]" for (a,) in (p.grad.flatten(1) != 0).any(1).nonzero().tolist()
+                }
             touched |= found
         optimizer.step()
     wanted = set()
@@ -90,7 +103,6 @@ def test_every_part_of_the_conditioning_learns() -> None:
         experts = range(p.shape[1]) if name.startswith("banks") else None
         for layer in range(p.shape[0]):
             wanted |= {f"{name}[{layer},{e}]" for e in experts} if experts else {f"{name}[{layer}]"}
-    # A bias of keys shifts all scores of a softmax alike; other entries of its tensor learn.
     assert wanted == touched
 
 
@@ -133,7 +145,9 @@ def test_bad_requests(debug_model: MiMDiTTransformer2DModel) -> None:
         build("huge")
 
 
-@pytest.mark.parametrize(("name", "total", "mim"), [("tiny", 13.7e6, 4.6e6), ("sd35-medium", 2.7e9, 0.26e9)])
+@pytest.mark.parametrize(
+    ("name", "total", "mim"), [("tiny", 13.7e6, 4.6e6), ("sd35-medium", 2.7e9, 0.26e9)]
+)
 def test_preset_sizes(name: str, total: float, mim: float) -> None:
     with torch.device("meta"):
         model = MiMDiTTransformer2DModel(**PRESETS[name])
