@@ -11,8 +11,8 @@ from torch import Tensor
 class MiMJointAttnProcessor(JointAttnProcessor2_0):
     """Joint attention with conditioning tokens next to the image tokens (MiM-DiT, Eq. 5).
 
-    Concatenate [image; conditioning] in token length, attend together with the text, split, and drop
-    the conditioning half. The projections, norms and attention are diffusers' own.
+    Concatenate [image; conditioning] in token length, attend together with the text, split, and
+    drop the conditioning half. The projections, norms and attention are diffusers' own.
     """
 
     def __init__(self, layer: int) -> None:
@@ -84,7 +84,7 @@ class KeyValueMiMProcessor(MiMJointAttnProcessor):
 
 
 class ImageAttnProcessor(JointAttnProcessor2_0):
-    """For `attn2`, the image-only attention of dual blocks; it ignores the `condition` it is given."""
+    """For `attn2`, the image-only attention of dual blocks; ignores the `condition` it is given."""
 
     # Diffusers declares FloatTensor, which no torch function is typed to return.
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -220,8 +220,8 @@ class MiMDiTPipeline(DiffusionPipeline):
         positive, negative = model.prompt("positive", batch), model.prompt("negative", batch)
         if all(torch.equal(p, n) for p, n in zip(positive, negative, strict=True)):
             raise ValueError(
-                "guidance_scale: expected 1, as the stored positive and negative prompts are equal; "
-                f"got {scale:g}"
+                "guidance_scale: expected 1, as the stored positive and negative prompts are "
+                f"equal; got {scale:g}"
             )
         return [positive, negative]
 

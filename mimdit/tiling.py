@@ -43,9 +43,10 @@ class Tiling:
 
 
 def plan_tiles(plane: tuple[int, int], tile: int, overlap: int, multiple: int) -> Tiling:
-    """Evenly spread tiles of at most `tile`, overlapping by `overlap` or more, on a `multiple` grid.
+    """Evenly spread tiles of at most `tile`, overlapping by at least `overlap`, on a grid.
 
-    Raises ValueError unless 0 ≤ overlap < tile and everything is a multiple of `multiple`.
+    The grid has steps of `multiple`. Raises ValueError unless 0 ≤ overlap < tile and everything is
+    a multiple of `multiple`.
     """
     if not 0 <= overlap < tile:
         raise ValueError(f"tile_overlap: expected 0 to less than the tile ({tile}), got {overlap}")

@@ -121,9 +121,11 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
         processor = MiMJointAttnProcessor if literal else KeyValueMiMProcessor
         for layer, module in enumerate(self.transformer_blocks):
             block = cast(JointTransformerBlock, module)
-            block.attn.set_processor(processor(layer))
+            # Diffusers lists its own processors in the annotation, but takes any.
+            block.attn.set_processor(processor(layer))  # pyright: ignore[reportArgumentType]
             if block.attn2 is not None:
-                block.attn2.set_processor(ImageAttnProcessor())
+                own = ImageAttnProcessor()
+                block.attn2.set_processor(own)  # pyright: ignore[reportArgumentType]
 
     @contextmanager
     def position_offset(self, top: int, left: int) -> Iterator[None]:

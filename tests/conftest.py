@@ -1,4 +1,4 @@
-"""Shared fixtures: the debug preset, its parameters all drawn so that no fault hides behind zeros."""
+"""Shared fixtures: the debug preset with every parameter drawn, so that no zeros hide a fault."""
 
 import pytest
 import torch

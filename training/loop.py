@@ -54,7 +54,7 @@ class Settings:
 
 
 def sample_times(batch: int, settings: Settings, generator: torch.Generator) -> Tensor:
-    """t [B] in (0, 1]: logit-normal (arXiv 2403.03206, Eq. 19), with t = 1 for some of the draws."""
+    """t [B] in (0, 1]: logit-normal (arXiv 2403.03206, Eq. 19), with t = 1 for some draws."""
     normal = torch.randn(batch, generator=generator) * settings.t_std + settings.t_mean
     pure = torch.rand(batch, generator=generator) < settings.pure_noise
     return torch.where(pure, 1.0, normal.sigmoid().clamp(1e-3, 1.0))
@@ -103,7 +103,7 @@ def stage_of(step: int, settings: Settings) -> tuple[int, int]:
 
 
 def _pairs(step: int, settings: Settings) -> Iterator[tuple[Tensor, Tensor]]:
-    """Clean and damaged pictures from `step` on; crops grow by stage, a resumed run sees new ones."""
+    """Clean and damaged pictures from `step` on; crops grow by stage, resumed runs see new ones."""
     while True:
         crop, batch = stage_of(step, settings)
         dataset = PairDataset(

@@ -1,7 +1,8 @@
 """Train a model from scratch, or go on with a run.
 
 `python -m training.train --preset tiny --output runs/tiny`, alone or under `accelerate launch`.
-With no `--data`, clean pictures are procedural ones and the photographs that come with scikit-image and scikit-learn.
+With no `--data`, clean pictures are procedural ones and the photographs that come
+with scikit-image and scikit-learn.
 """
 
 import argparse

@@ -5,8 +5,12 @@ first learn is to find, for each image token, the conditioning token of the same
 the damaged picture next to the noise of x_t. This start gives it both.
 """
 
+from typing import cast
+
 import torch
-from torch import Tensor
+from diffusers.models.attention import JointTransformerBlock
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
 
 from mimdit.transformer import MiMDiTTransformer2DModel
 
@@ -33,7 +37,8 @@ def align_positions_(model: MiMDiTTransformer2DModel) -> MiMDiTTransformer2DMode
     content = torch.tensor([i for i in range(width) if i not in set(places.tolist())])
     _embed_patches(model, content)
     slices = _content_slices(model, len(content), head // 2)
-    for layer, block in enumerate(model.transformer_blocks):
+    for layer, module in enumerate(model.transformer_blocks):
+        block = cast(JointTransformerBlock, module)
         _align_mim(model, layer, places[::2], content, slices[layer])
         _align_attention(block.attn, head, places, content, slices[layer])
         for norm in (block.norm1, block.norm1_context):
@@ -43,7 +48,7 @@ def align_positions_(model: MiMDiTTransformer2DModel) -> MiMDiTTransformer2DMode
         block.norm1.linear.bias.view(-1, width)[[2, 5]] = 1
         if not block.context_pre_only:
             block.norm1_context.linear.bias.view(-1, width)[[2, 5]] = 1
-        block.ff.net[2].weight.mul_((2 * len(model.transformer_blocks)) ** -0.5)
+        cast(nn.Linear, block.ff.net[2]).weight.mul_((2 * len(model.transformer_blocks)) ** -0.5)
     torch.nn.init.zeros_(model.proj_out.weight)
     torch.nn.init.zeros_(model.proj_out.bias)
     return model
@@ -90,25 +95,27 @@ def _align_mim(
     for bank in mim.banks:
         if hasattr(bank, "proj_weight"):
             # Experts start as small corrections of y.
-            bank.proj_weight[layer].mul_(mim.layers**-0.5)
+            cast(Tensor, bank.proj_weight)[layer].mul_(mim.layers**-0.5)
 
 
 def _align_attention(
-    attn: torch.nn.Module, head: int, places: Tensor, content: Tensor, rows: Tensor
+    attn: Attention, head: int, places: Tensor, content: Tensor, rows: Tensor
 ) -> None:
+    q, k, v = (cast(nn.Linear, part) for part in (attn.to_q, attn.to_k, attn.to_v))
+    out = cast(nn.Linear, cast(nn.ModuleList, attn.to_out)[0])
     matching = _SCALES[: attn.heads - 1]
     for h, scale in enumerate(matching):
         here = slice(h * head, (h + 1) * head)
-        for linear in (attn.to_q, attn.to_k):
+        for linear in (q, k):
             linear.weight[here] = 0
             linear.weight[here, places] = torch.eye(head) * scale
             linear.bias[here] = 0
-    attn.to_out[0].weight.mul_(0.3)
+    out.weight.mul_(0.3)
     # The matching heads carry the slice of content among them: [head, head] pieces of it.
     for h, part in enumerate(rows.split(head)[: len(matching)]):
         here = slice(h * head, h * head + len(part))
-        attn.to_v.weight[here] = 0
-        attn.to_v.weight[here, content] = part
+        v.weight[here] = 0
+        v.weight[here, content] = part
         # Twice: half of the attention stays on the image token of this place itself.
-        attn.to_out[0].weight[:, here] = 0
-        attn.to_out[0].weight[content, here] = 2 * part.T
+        out.weight[:, here] = 0
+        out.weight[content, here] = 2 * part.T

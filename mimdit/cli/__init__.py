@@ -1,1 +1,1 @@
-"""Commands."""
+"""Command-line programs."""
