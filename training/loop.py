@@ -35,7 +35,7 @@ class Settings:
     ema: float = 0.995
     t_mean: float = 0.5
     t_std: float = 1.2
-    pure_noise: float = 0.25
+    pure_noise: float = 0.5
     balance: float = 0.0
     mixtures: float = 0.25
     accumulation: int = 1
@@ -73,11 +73,11 @@ def flow_loss(
     v = model(x_t, 1000 * t, condition).sample
     error = (v.float() - (noise - x0)).square().mean(dim=(1, 2, 3))
     weight = flow.loss_weight(model.config["prediction_type"], t, model.config["damage_std"])
-    # By the error of a zero output, so that darkness and haze do not drown noise and rain.
+    # By the root error of a zero output, so that darkness and haze do not drown noise and rain.
     scale = model.config["damage_std"] ** -2
     damage = scale * (x0 - z_lq).square().mean(dim=(1, 2, 3))
     near, far = (1 - t) ** 2, scale * t**2
-    weight = weight / (0.1 + (near + far * damage) / (near + far))
+    weight = weight / (0.1 + (near + far * damage) / (near + far)).sqrt()
     routing = condition.routing
     picks = torch.nn.functional.one_hot(routing.index, model.mim.experts).sum(-2)
     return (weight * error).mean(), routing.inter, picks

@@ -5,11 +5,13 @@ first learn is to find, for each image token, the conditioning token of the same
 the damaged picture next to the noise of x_t. This start gives it both.
 """
 
+import math
 from typing import cast
 
 import torch
 from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.attention_processor import Attention
+from einops import rearrange
 from torch import Tensor, nn
 
 from mimdit.transformer import MiMDiTTransformer2DModel
@@ -17,15 +19,15 @@ from mimdit.transformer import MiMDiTTransformer2DModel
 # Sharpness of the match in each of the first heads: the same token, then its neighbourhood.
 _SCALES = (5.0, 4.0, 3.0)
 # x_t enters quietly, so that the copied picture stands out from its noise.
-_PATCH_GAIN = 0.35
+_PATCH_GAIN = 0.1
 
 
 @torch.no_grad()
 def align_positions_(model: MiMDiTTransformer2DModel) -> MiMDiTTransformer2DModel:
     """Initialise a pixel-codec model in place.
 
-    - Patch embedding: an isometry (times a gain) into the channels that high sincos frequencies,
-      the position channels, leave free.
+    - Patch embedding: an isometry (times a gain) of cosine coefficients into the channels that high
+      sincos frequencies, the position channels, leave free.
     - MiM: W_down keeps half of the position channels and a slice of content, at its full scale;
       ZeroLinear is its transpose. The slices of successive blocks cover all content.
     - Joint attention: all heads but the last start as a match of position channels; the first
@@ -36,7 +38,7 @@ def align_positions_(model: MiMDiTTransformer2DModel) -> MiMDiTTransformer2DMode
     places = _position_channels(width, head)
     content = torch.tensor([i for i in range(width) if i not in set(places.tolist())])
     _embed_patches(model, content)
-    slices = _content_slices(model, len(content), head // 2)
+    slices = _content_slices(model, content, head // 2)
     for layer, module in enumerate(model.transformer_blocks):
         block = cast(JointTransformerBlock, module)
         _align_mim(model, layer, places[::2], content, slices[layer])
@@ -62,23 +64,42 @@ def _position_channels(width: int, head: int) -> Tensor:
     return torch.cat([first + i * quarter for i in range(4)])
 
 
+def _quiet_directions(model: MiMDiTTransformer2DModel, content: Tensor) -> Tensor:
+    """Orthonormal rows [n,n] in the content channels, those that positions move least first."""
+    table = model.pos_embed.pos_embed[0][:, content]
+    moved = torch.linalg.svd(table - table.mean(0), full_matrices=True)[2]
+    return moved.flip(0)
+
+
 def _embed_patches(model: MiMDiTTransformer2DModel, content: Tensor) -> None:
-    weight = model.pos_embed.proj.weight
-    flat = torch.zeros(weight.shape[0], weight[0].numel())
-    basis = torch.empty(len(content), flat.shape[1])
-    flat[content] = torch.nn.init.orthogonal_(basis) * _PATCH_GAIN
-    weight.copy_(flat.view_as(weight))
+    """Cosine coefficients of a patch, low frequencies first, along the quietest directions."""
+    weight = model.pos_embed.proj.weight  # [D, 3·f·f, p, p]
+    patch = weight.shape[-1]
+    factor = round((weight.shape[1] // 3) ** 0.5)
+    size = patch * factor
+    place, wave = torch.arange(size) + 0.5, torch.arange(size)[:, None]
+    cosine = torch.cos(math.pi / size * place * wave) * (2 / size) ** 0.5
+    cosine[0] *= 0.5**0.5
+    order = sorted((u + v, u, v) for u in range(size) for v in range(size))
+    waves = torch.stack([torch.outer(cosine[u], cosine[v]) for _, u, v in order])
+    basis = torch.einsum("nyx,cd->ncdyx", waves, torch.eye(3)).flatten(0, 1)
+    basis = rearrange(
+        basis, "n c (y f) (x g) -> n (c f g) y x", f=factor, g=factor, y=patch, x=patch
+    )
+    kept = min(len(content), len(basis))
+    flat = _quiet_directions(model, content)[:kept].T @ basis[:kept].flatten(1)
+    weight.zero_()
+    weight[content] = flat.view(len(content), *weight.shape[1:]) * _PATCH_GAIN
     assert model.pos_embed.proj.bias is not None
     model.pos_embed.proj.bias.zero_()
 
 
-def _content_slices(model: MiMDiTTransformer2DModel, content: int, kept: int) -> list[Tensor]:
-    """For each block, orthonormal rows [d − kept, content] of one basis, taken in turn."""
+def _content_slices(model: MiMDiTTransformer2DModel, content: Tensor, kept: int) -> list[Tensor]:
+    """For each block, [d − kept, content] of the directions that hold the patch, taken in turn."""
     room = max(model.mim.down_weight.shape[1] - kept, 0)
-    generator = torch.Generator().manual_seed(0)
-    basis = torch.linalg.qr(torch.randn(content, content, generator=generator))[0]
-    order = torch.arange(model.mim.layers * room) % content
-    return [basis[rows] for rows in order.view(model.mim.layers, room)]
+    directions = _quiet_directions(model, content)
+    order = torch.arange(model.mim.layers * room) % len(content)
+    return [directions[rows] for rows in order.view(model.mim.layers, room)]
 
 
 def _align_mim(
