@@ -1,7 +1,7 @@
 """Make the example pictures: five crops of photographs that training never sees, one damage each.
 
-`python examples/make_degraded.py` writes `examples/degraded/` and `examples/clean/` (needs the `train`
-extra, which brings the photographs).
+`python examples/make_degraded.py` writes `examples/degraded/` and `examples/clean/`; it needs the
+`train` extra, which brings the photographs.
 """
 
 from pathlib import Path

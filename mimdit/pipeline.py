@@ -277,8 +277,8 @@ def load_pipeline(model: str, device: str = "cpu", precision: str | None = None)
     shipped = {p.name for p in WEIGHTS.iterdir() if p.is_dir()} if WEIGHTS.is_dir() else set()
     folder = str(WEIGHTS / model) if model in shipped else model
     if model not in shipped and not Path(model).is_dir() and model.count("/") != 1:
-        names = ", ".join(sorted(shipped))
-        raise ValueError(f"no such model folder; expected {names}, a folder, or a hub id")
+        names = ", ".join([*sorted(shipped), "a folder", "or a hub id"])
+        raise ValueError(f"no such model folder; expected {names}")
     if Path(folder).is_dir() and not (Path(folder) / "model_index.json").is_file():
         raise ValueError("not a model folder, it has no model_index.json")
     options: dict[str, Any] = {"dtype": dtypes[precision], "use_safetensors": True}

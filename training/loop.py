@@ -139,6 +139,8 @@ def train(
         mixed_precision=settings.mixed_precision,
         gradient_accumulation_steps=settings.accumulation,
     )
+    if accelerator.num_processes > 1:
+        raise ValueError(f"training: expected one process, got {accelerator.num_processes}")
     set_seed(settings.seed)
     if not settings.train_backbone:
         model.requires_grad_(False)
@@ -147,19 +149,17 @@ def train(
     optimizer = torch.optim.AdamW(
         trained, settings.learning_rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay
     )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: _learning_rate(s // accelerator.num_processes, settings)
-    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: _learning_rate(s, settings))
     ema = EMAModel(model.parameters(), decay=settings.ema, use_ema_warmup=True, power=0.75)
     raw = model
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
     ema.to(accelerator.device)
     accelerator.register_for_checkpointing(ema)
     step = _resume(accelerator, out, resume)
-    generator = torch.Generator().manual_seed(settings.seed + 7 * step + accelerator.process_index)
+    generator = torch.Generator().manual_seed(settings.seed + 7 * step)
     pairs = _pairs(step, settings)
     log = (out / "log.jsonl").open("a")
-    bar = tqdm(total=settings.steps, initial=step, disable=not accelerator.is_main_process)
+    bar = tqdm(total=settings.steps, initial=step)
     window: list[tuple[float, Tensor, Tensor, int]] = []
     began = time.perf_counter()
     model.train()

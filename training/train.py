@@ -1,16 +1,19 @@
 """Train a model from scratch, or go on with a run.
 
-`python -m training.train --preset tiny --output runs/tiny`, alone or under `accelerate launch`.
-With no `--data`, clean pictures are procedural ones and the photographs that come
-with scikit-image and scikit-learn.
+`python -m training.train --preset tiny --output runs/tiny`, in one process. With no `--data`, clean
+pictures are procedural ones and the photographs that come with scikit-image and scikit-learn.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from mimdit.presets import PRESETS
 from training.loop import Settings
+
+if TYPE_CHECKING:
+    from mimdit.transformer import MiMDiTTransformer2DModel
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--init", help="a model folder whose weights to start from")
     p.add_argument("--dataloader-num-workers", type=int, default=d.workers)
     p.add_argument("--seed", type=int, default=d.seed)
+    p.add_argument("--inference-steps", type=int, default=8, help="what the model recommends")
     return p
 
 
@@ -74,6 +78,15 @@ def settings_of(args: argparse.Namespace) -> Settings:
     )
 
 
+def to_storage_(model: "MiMDiTTransformer2DModel") -> None:
+    """Round weights to bfloat16 in place; routers and buffers, which decide discretely, stay."""
+    import torch
+
+    for name, parameter in model.named_parameters():
+        if not name.endswith("_router"):
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
@@ -96,8 +109,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = align_positions_(build(args.preset))
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    pipe = assemble(model)
-    train(model, pipe.vae, settings, args.resume_from_checkpoint)
+    pipe = assemble(model, args.inference_steps)
+    try:
+        train(model, pipe.vae, settings, args.resume_from_checkpoint)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    to_storage_(model)
     pipe.save_pretrained(f"{settings.output}/model")
     print(f"saved {settings.output}/model")
     return 0

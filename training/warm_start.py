@@ -66,7 +66,7 @@ def _position_channels(width: int, head: int) -> Tensor:
 
 def _quiet_directions(model: MiMDiTTransformer2DModel, content: Tensor) -> Tensor:
     """Orthonormal rows [n,n] in the content channels, those that positions move least first."""
-    table = model.pos_embed.pos_embed[0][:, content]
+    table = cast(Tensor, model.pos_embed.pos_embed)[0][:, content]
     moved = torch.linalg.svd(table - table.mean(0), full_matrices=True)[2]
     return moved.flip(0)
 

@@ -80,9 +80,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--steps",
         type=number(int, 1, 1000),
-        default=8,
         metavar="N",
-        help="denoising steps (default: 8)",
+        help="denoising steps (default: what the model recommends)",
     )
     add(
         "--guidance-scale",
@@ -123,7 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--precision",
         choices=("fp32", "bf16", "fp16"),
-        help="number type (default: that of the model)",
+        help="number type (default: fp32)",
     )
     add(
         "-t",

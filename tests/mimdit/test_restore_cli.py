@@ -114,7 +114,7 @@ def test_defaults(pipe, folder):
     assert main(["-i", "in", "--device", "cpu"]) == 0
     assert pipe.loads == [("tiny", "cpu", None)]
     assert pixel("restored/a.png") == [215] * 3
-    assert pipe.calls[0]["tile"] == 0 and pipe.calls[0]["num_inference_steps"] == 8
+    assert pipe.calls[0]["tile"] == 0 and pipe.calls[0]["num_inference_steps"] is None
 
 
 def test_one_file_to_a_named_file(pipe, folder, capsys):
