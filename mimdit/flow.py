@@ -15,6 +15,22 @@ def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     return (1 - t) * x0 + t * noise
 
 
+def network_input(
+    prediction_type: str, x_t: Tensor, t: Tensor, z_lq: Tensor, damage_std: float
+) -> Tensor:
+    """What the network reads at time t [B]; x_t, z_lq [B,c,h,w].
+
+    x_t itself, except for "residual": there the mean of x0 given both observations, a sufficient
+    statistic of them (see `to_velocity`). It is z_lq at t = 1 and x_t at t = 0; x_t alone would add
+    full-strength noise to every token while most of what is known lies in z_lq.
+    """
+    if prediction_type != "residual":
+        return x_t
+    t = spread(t, x_t)
+    near, far = 1 - t, (t / damage_std) ** 2
+    return (near * x_t + far * z_lq) / (near**2 + far)
+
+
 def to_velocity(
     prediction_type: str, output: Tensor, x_t: Tensor, t: Tensor, z_lq: Tensor, damage_std: float
 ) -> Tensor:

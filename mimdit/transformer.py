@@ -179,7 +179,7 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
         pooled_projections: Tensor | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> Tensor:
-        """The network's raw output [B,c,h,w], before its conversion to a velocity."""
+        """The network alone: raw output [B,c,h,w] for an input of `flow.network_input`."""
         if encoder_hidden_states is None or pooled_projections is None:
             stored = self.prompt(batch=hidden_states.shape[0])
             encoder_hidden_states = (
@@ -226,17 +226,17 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
         kind = self.config["prediction_type"]
         if condition is None and kind == "residual":
             raise ValueError("condition: a model that predicts residuals needs the damaged picture")
+        lq = hidden_states if condition is None else condition.latents
+        t, std = timestep.to(hidden_states.dtype) / 1000, self.config["damage_std"]
         output = self.predict(
-            hidden_states,
+            flow.network_input(kind, hidden_states, t, lq, std),
             timestep,
             condition,
             encoder_hidden_states,
             pooled_projections,
             joint_attention_kwargs,
         )
-        lq = hidden_states if condition is None else condition.latents
-        t = timestep.to(hidden_states.dtype) / 1000
-        v = flow.to_velocity(kind, output, hidden_states, t, lq, self.config["damage_std"])
+        v = flow.to_velocity(kind, output, hidden_states, t, lq, std)
         return Transformer2DModelOutput(sample=v) if return_dict else (v,)
 
     @torch.no_grad()

@@ -19,6 +19,10 @@ from mimdit import flow
 from mimdit.codec import Codec, encode
 from mimdit.transformer import MiMDiTTransformer2DModel
 from training.data import PairDataset
+from training.optim import optimizers, warmup_cosine
+
+# Of one batch: loss, mean inter weights [G], picks of each sub-expert [L,G,E], pictures.
+_Part = tuple[float, Tensor, Tensor, int]
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Settings:
     steps: int = 3000
     stages: tuple[tuple[int, int, float], ...] = ((128, 12, 0.6), (256, 3, 0.4))
     learning_rate: float = 8e-4
+    matrix_learning_rate: float = 2e-3
     warmup: int = 100
     weight_decay: float = 0.0
     clip: float = 1.0
@@ -73,11 +78,11 @@ def flow_loss(
     v = model(x_t, 1000 * t, condition).sample
     error = (v.float() - (noise - x0)).square().mean(dim=(1, 2, 3))
     weight = flow.loss_weight(model.config["prediction_type"], t, model.config["damage_std"])
-    # By the root error of a zero output, so that darkness and haze do not drown noise and rain.
+    # By the expected error of a zero output, so that darkness and haze do not drown noise and rain.
     scale = model.config["damage_std"] ** -2
     damage = scale * (x0 - z_lq).square().mean(dim=(1, 2, 3))
     near, far = (1 - t) ** 2, scale * t**2
-    weight = weight / (0.1 + (near + far * damage) / (near + far)).sqrt()
+    weight = weight / (0.05 + (near + far * damage) / (near + far))
     routing = condition.routing
     picks = torch.nn.functional.one_hot(routing.index, model.mim.experts).sum(-2)
     return (weight * error).mean(), routing.inter, picks
@@ -117,14 +122,6 @@ def _pairs(step: int, settings: Settings) -> Iterator[tuple[Tensor, Tensor]]:
             step += 1
 
 
-def _learning_rate(step: int, settings: Settings) -> float:
-    """Factor at a step: linear warm-up, then a half cosine to 2 %."""
-    if step < settings.warmup:
-        return (step + 1) / settings.warmup
-    done = (step - settings.warmup) / max(settings.steps - settings.warmup, 1)
-    return 0.02 + 0.98 * 0.5 * (1 + torch.tensor(min(done, 1.0) * torch.pi).cos().item())
-
-
 def train(
     model: MiMDiTTransformer2DModel, codec: Codec, settings: Settings, resume: str | None = None
 ) -> MiMDiTTransformer2DModel:
@@ -146,13 +143,19 @@ def train(
         model.requires_grad_(False)
         model.mim.requires_grad_(True)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, settings.learning_rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay
-    )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: _learning_rate(s, settings))
+    # In one process `prepare` moves the model to the device and gives the same object back.
+    accelerator.prepare(model)
+    optimisers = [
+        accelerator.prepare(optimizer)
+        for optimizer in optimizers(
+            model, settings.learning_rate, settings.matrix_learning_rate, settings.weight_decay
+        )
+    ]
+    schedules = [
+        accelerator.prepare(warmup_cosine(optimizer, settings.warmup, settings.steps))
+        for optimizer in optimisers
+    ]
     ema = EMAModel(model.parameters(), decay=settings.ema, use_ema_warmup=True, power=0.75)
-    raw = model
-    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
     ema.to(accelerator.device)
     accelerator.register_for_checkpointing(ema)
     step = _resume(accelerator, out, resume)
@@ -160,27 +163,28 @@ def train(
     pairs = _pairs(step, settings)
     log = (out / "log.jsonl").open("a")
     bar = tqdm(total=settings.steps, initial=step)
-    window: list[tuple[float, Tensor, Tensor, int]] = []
+    window: list[_Part] = []
     began = time.perf_counter()
     model.train()
     while step < settings.steps:
-        for part in range(settings.accumulation):
+        for _ in range(settings.accumulation):
             clean, damaged = next(pairs)
             with accelerator.accumulate(model):
-                loss, inter, picks = _step(model, raw, codec, clean, damaged, settings, generator)
+                loss, inter, picks = _loss(model, codec, clean, damaged, settings, generator)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(trained, settings.clip)
-                optimizer.step()
-                scheduler.step()
-                optimizer.zero_grad()
-            if part == settings.accumulation - 1:
-                window.append((loss.item(), inter.mean((0, 1)), picks.float().mean(1), len(clean)))
-        ema.step(raw.parameters())
+                # Accelerate skips these until all parts of a step are in.
+                for stepped in (*optimisers, *schedules):
+                    stepped.step()
+                for optimizer in optimisers:
+                    optimizer.zero_grad()
+            window.append((loss.item(), inter.mean((0, 1)), picks.float().mean(1), len(clean)))
+        ema.step(model.parameters())
         step += 1
         bar.update()
         if step % 25 == 0 or step == settings.steps:
-            row = _summary(step, window, time.perf_counter() - began, raw.mim.top_k)
+            row = _summary(step, window, time.perf_counter() - began, model.mim.top_k)
             bar.set_postfix(loss=f"{row['loss']:.4f}", pictures_s=f"{row['pictures_s']:.1f}")
             log.write(json.dumps(row) + "\n")
             log.flush()
@@ -189,50 +193,43 @@ def train(
             accelerator.save_state(str(out / f"checkpoint-{step}"))
             _prune(out, settings.keep_checkpoints)
     log.close()
-    ema.copy_to(raw.parameters())
-    return raw
+    ema.copy_to(model.parameters())
+    return model
 
 
-def _step(
-    model: torch.nn.Module,
-    raw: MiMDiTTransformer2DModel,
+def _loss(
+    model: MiMDiTTransformer2DModel,
     codec: Codec,
     clean: Tensor,
     damaged: Tensor,
     settings: Settings,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    device = next(raw.parameters()).device
+    """Loss of one batch of pictures [B,3,H,W] in [0,1]; otherwise as `flow_loss`."""
+    device = next(model.parameters()).device
     with torch.no_grad():
         x0 = encode(codec, clean.to(device) * 2 - 1)
         z_lq = encode(codec, damaged.to(device) * 2 - 1)
     t = sample_times(len(x0), settings, generator).to(device)
     noise = torch.randn(x0.shape, generator=generator).to(device)
-    rows, columns = raw.grid(x0)
-    size = raw.config["pos_embed_max_size"]
+    rows, columns = model.grid(x0)
+    size = model.config["pos_embed_max_size"]
     top, left = (
         int(torch.randint(size - n + 1, (1,), generator=generator)) for n in (rows, columns)
     )
     with (
-        raw.position_offset(top, left),
+        model.position_offset(top, left),
         torch.autocast(device.type, torch.bfloat16, enabled=settings.mixed_precision == "bf16"),
     ):
-        # `prepare` of accelerate returns the model, typed as any module.
-        loss, inter, picks = flow_loss(
-            model,  # pyright: ignore[reportArgumentType]
-            x0,
-            z_lq,
-            t,
-            noise,
-        )
+        loss, inter, picks = flow_loss(model, x0, z_lq, t, noise)
         if settings.balance:
-            pooled = raw.pool_condition(z_lq)
-            loss = loss + settings.balance * balance_loss(raw, pooled, picks)
+            pooled = model.pool_condition(z_lq)
+            loss = loss + settings.balance * balance_loss(model, pooled, picks)
     return loss, inter.detach(), picks
 
 
 def _summary(
-    step: int, window: list[tuple[float, Tensor, Tensor, int]], seconds: float, top_k: int
+    step: int, window: list[_Part], seconds: float, top_k: int
 ) -> dict[str, float | int | list[float]]:
     losses, inters, picks, sizes = zip(*window, strict=True)
     share = torch.stack(picks).mean(0) / top_k  # [L,G,E]
@@ -240,7 +237,7 @@ def _summary(
         "step": step,
         "loss": sum(losses) / len(losses),
         "pictures_s": sum(sizes) / seconds,
-        "seconds_step": seconds / len(window),
+        "seconds_batch": seconds / len(window),
         "inter": [round(x, 4) for x in torch.stack(inters).mean(0).tolist()],
         "least_expert_share": share.min().item(),
     }

@@ -34,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
         help="crop:batch:share of the steps, for each stage",
     )
     p.add_argument("--learning-rate", type=float, default=d.learning_rate)
+    p.add_argument("--matrix-learning-rate", type=float, default=d.matrix_learning_rate)
     p.add_argument("--lr-warmup-steps", type=int, default=d.warmup)
     p.add_argument("--max-grad-norm", type=float, default=d.clip)
     p.add_argument("--ema-decay", type=float, default=d.ema)
@@ -65,6 +66,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         steps=args.max_train_steps,
         stages=stages,
         learning_rate=args.learning_rate,
+        matrix_learning_rate=args.matrix_learning_rate,
         warmup=args.lr_warmup_steps,
         clip=args.max_grad_norm,
         ema=args.ema_decay,

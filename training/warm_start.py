@@ -1,8 +1,8 @@
-"""A start for models trained from scratch: attention that already copies from the same place.
+"""A start for models trained from scratch: attention that already looks at the same place.
 
 Nothing pretrained needs protection there, so ZeroLinear need not be zero. What such a model must
-first learn is to find, for each image token, the conditioning token of the same place, and to read
-the damaged picture next to the noise of x_t. This start gives it both.
+first learn is to find, for each image token, the conditioning token of the same place, and to see
+the fine detail of a patch next to its brightness. This start gives it both.
 """
 
 import math
@@ -18,31 +18,27 @@ from mimdit.transformer import MiMDiTTransformer2DModel
 
 # Sharpness of the match in each of the first heads: the same token, then its neighbourhood.
 _SCALES = (5.0, 4.0, 3.0)
-# x_t enters quietly, so that the copied picture stands out from its noise.
-_PATCH_GAIN = 0.1
 
 
 @torch.no_grad()
 def align_positions_(model: MiMDiTTransformer2DModel) -> MiMDiTTransformer2DModel:
     """Initialise a pixel-codec model in place.
 
-    - Patch embedding: an isometry (times a gain) of cosine coefficients into the channels that high
-      sincos frequencies, the position channels, leave free.
-    - MiM: W_down keeps half of the position channels and a slice of content, at its full scale;
-      ZeroLinear is its transpose. The slices of successive blocks cover all content.
-    - Joint attention: all heads but the last start as a match of position channels; the first
-      copies the content that it finds.
+    - Patch embedding: cosine coefficients, in the channels that high sincos frequencies, the
+      position channels, leave free.
+    - MiM: W_down keeps half of the position channels and a slice of content; ZeroLinear is its
+      transpose. The slices of successive blocks cover all content.
+    - Joint attention: all heads but the last start as a match of position channels.
     - Blocks start close to the identity; the output starts at zero.
     """
     width, head = model.inner_dim, model.config["attention_head_dim"]
     places = _position_channels(width, head)
     content = torch.tensor([i for i in range(width) if i not in set(places.tolist())])
     _embed_patches(model, content)
-    slices = _content_slices(model, content, head // 2)
     for layer, module in enumerate(model.transformer_blocks):
         block = cast(JointTransformerBlock, module)
-        _align_mim(model, layer, places[::2], content, slices[layer])
-        _align_attention(block.attn, head, places, content, slices[layer])
+        _align_mim(model, layer, places[::2], content)
+        _align_attention(block.attn, head, places)
         for norm in (block.norm1, block.norm1_context):
             torch.nn.init.normal_(norm.linear.weight, std=0.01)
             torch.nn.init.zeros_(norm.linear.bias)
@@ -72,7 +68,10 @@ def _quiet_directions(model: MiMDiTTransformer2DModel, content: Tensor) -> Tenso
 
 
 def _embed_patches(model: MiMDiTTransformer2DModel, content: Tensor) -> None:
-    """Cosine coefficients of a patch, low frequencies first, along the quietest directions."""
+    """Cosine coefficients of a patch, low frequencies first, along the quietest directions.
+
+    Pictures have amplitudes that fall as 1/frequency; gains that rise with it even them out.
+    """
     weight = model.pos_embed.proj.weight  # [D, 3·f·f, p, p]
     patch = weight.shape[-1]
     factor = round((weight.shape[1] // 3) ** 0.5)
@@ -81,7 +80,7 @@ def _embed_patches(model: MiMDiTTransformer2DModel, content: Tensor) -> None:
     cosine = torch.cos(math.pi / size * place * wave) * (2 / size) ** 0.5
     cosine[0] *= 0.5**0.5
     order = sorted((u + v, u, v) for u in range(size) for v in range(size))
-    waves = torch.stack([torch.outer(cosine[u], cosine[v]) for _, u, v in order])
+    waves = torch.stack([(1 + s) / 6 * torch.outer(cosine[u], cosine[v]) for s, u, v in order])
     basis = torch.einsum("nyx,cd->ncdyx", waves, torch.eye(3)).flatten(0, 1)
     basis = rearrange(
         basis, "n c (y f) (x g) -> n (c f g) y x", f=factor, g=factor, y=patch, x=patch
@@ -89,54 +88,35 @@ def _embed_patches(model: MiMDiTTransformer2DModel, content: Tensor) -> None:
     kept = min(len(content), len(basis))
     flat = _quiet_directions(model, content)[:kept].T @ basis[:kept].flatten(1)
     weight.zero_()
-    weight[content] = flat.view(len(content), *weight.shape[1:]) * _PATCH_GAIN
+    weight[content] = flat.view(len(content), *weight.shape[1:])
     assert model.pos_embed.proj.bias is not None
     model.pos_embed.proj.bias.zero_()
 
 
-def _content_slices(model: MiMDiTTransformer2DModel, content: Tensor, kept: int) -> list[Tensor]:
-    """For each block, [d − kept, content] of the directions that hold the patch, taken in turn."""
-    room = max(model.mim.down_weight.shape[1] - kept, 0)
-    directions = _quiet_directions(model, content)
-    order = torch.arange(model.mim.layers * room) % len(content)
-    return [directions[rows] for rows in order.view(model.mim.layers, room)]
-
-
 def _align_mim(
-    model: MiMDiTTransformer2DModel, layer: int, places: Tensor, content: Tensor, rows: Tensor
+    model: MiMDiTTransformer2DModel, layer: int, places: Tensor, content: Tensor
 ) -> None:
     mim = model.mim
     down = torch.zeros_like(mim.down_weight[layer])
     kept = places[: len(down)]
     down[torch.arange(len(kept)), kept] = 1
-    down[len(kept) :, content] = rows
-    mim.zero_weight[layer] = down.T
-    down[len(kept) :] /= _PATCH_GAIN
+    room = len(down) - len(kept)
+    taken = torch.arange(layer * room, (layer + 1) * room) % len(content)
+    down[len(kept) :, content] = _quiet_directions(model, content)[taken]
     mim.down_weight[layer] = down
+    mim.zero_weight[layer] = down.T
     for bank in mim.banks:
         if hasattr(bank, "proj_weight"):
             # Experts start as small corrections of y.
             cast(Tensor, bank.proj_weight)[layer].mul_(mim.layers**-0.5)
 
 
-def _align_attention(
-    attn: Attention, head: int, places: Tensor, content: Tensor, rows: Tensor
-) -> None:
-    q, k, v = (cast(nn.Linear, part) for part in (attn.to_q, attn.to_k, attn.to_v))
-    out = cast(nn.Linear, cast(nn.ModuleList, attn.to_out)[0])
-    matching = _SCALES[: attn.heads - 1]
-    for h, scale in enumerate(matching):
+def _align_attention(attn: Attention, head: int, places: Tensor) -> None:
+    q, k = (cast(nn.Linear, part) for part in (attn.to_q, attn.to_k))
+    for h, scale in enumerate(_SCALES[: attn.heads - 1]):
         here = slice(h * head, (h + 1) * head)
         for linear in (q, k):
             linear.weight[here] = 0
             linear.weight[here, places] = torch.eye(head) * scale
             linear.bias[here] = 0
-    out.weight.mul_(0.3)
-    # The matching heads carry the slice of content among them: [head, head] pieces of it.
-    for h, part in enumerate(rows.split(head)[: len(matching)]):
-        here = slice(h * head, h * head + len(part))
-        v.weight[here] = 0
-        v.weight[here, content] = part
-        # Twice: half of the attention stays on the image token of this place itself.
-        out.weight[:, here] = 0
-        out.weight[content, here] = 2 * part.T
+    cast(nn.Linear, cast(nn.ModuleList, attn.to_out)[0]).weight.mul_(0.3)

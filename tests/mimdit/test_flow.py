@@ -15,6 +15,8 @@ def test_the_perfect_output_gives_the_true_velocity(kind: str, t: float) -> None
     n = (1 - t) ** 2 + (t / s) ** 2
     mean = ((1 - t) * x_t + (t / s) ** 2 * z) / n
     output = x0 if kind == "sample" else (x0 - mean) * n**0.5 / t
+    seen = flow.network_input(kind, x_t, time, z, s)
+    torch.testing.assert_close(seen, x_t if kind == "sample" else mean)
     v = flow.to_velocity(kind, output, x_t, time, z, s)
     torch.testing.assert_close(v, noise - x0, rtol=1e-9, atol=1e-9)
 

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 
 from mimdit.presets import build, pixel_codec
 from training.loop import Settings, balance_loss, sample_times, stage_of, train
+from training.optim import optimizers
 from training.warm_start import align_positions_
 
 
@@ -37,6 +39,29 @@ def test_run_checkpoint_and_resume(tmp_path: Path) -> None:
     train(again, pixel_codec(), settings(tmp_path, 6), resume="latest")
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [4, 6]
+
+
+def test_matrices_of_the_blocks_go_to_muon() -> None:
+    model = build("debug")
+    muon, adamw = optimizers(model, 1e-3, 2e-3)
+    names = {id(p): n for n, p in model.named_parameters()}
+    matrices = {names[id(p)] for p in muon.param_groups[0]["params"]}
+    rest = {names[id(p)] for p in adamw.param_groups[0]["params"]}
+    assert matrices | rest == set(names.values())
+    assert not matrices & rest
+    assert "transformer_blocks.0.attn.to_q.weight" in matrices
+    assert {"mim.down_weight", "proj_out.weight", "transformer_blocks.0.norm1.linear.weight"} < rest
+    model.transformer_blocks.requires_grad_(False)
+    assert [type(o).__name__ for o in optimizers(model, 1e-3, 2e-3)] == ["AdamW"]
+
+
+def test_two_half_batches_are_one_step(tmp_path: Path) -> None:
+    """Weights move once a step, by the gradient of both parts."""
+    model = align_positions_(build("tiny", num_layers=2))
+    s = replace(settings(tmp_path, 2), accumulation=2)
+    train(model, pixel_codec(), s)
+    state = torch.load(tmp_path / "checkpoint-2/optimizer_1.bin", weights_only=True)
+    assert state["state"][0]["step"] == 2
 
 
 def test_resume_without_checkpoint(tmp_path: Path) -> None:
