@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from mimdit.loading import load_pipeline
 from mimdit.metrics import psnr
-from mimdit.pipeline import MiMDiTPipeline, load_pipeline
+from mimdit.pipeline import MiMDiTPipeline
 from training.data import held_out
 from training.degrade import degrade
 

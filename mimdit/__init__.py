@@ -7,7 +7,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from mimdit.codec import PixelCodec
-    from mimdit.pipeline import MiMDiTPipeline, load_pipeline
+    from mimdit.loading import load_pipeline
+    from mimdit.pipeline import MiMDiTPipeline
+    from mimdit.sd35 import from_sd35
     from mimdit.transformer import MiMDiTTransformer2DModel
 
 # Resolved on first use: `import mimdit` must stay cheap for the command line's error messages.
@@ -15,9 +17,16 @@ _HOMES = {
     "MiMDiTPipeline": "mimdit.pipeline",
     "MiMDiTTransformer2DModel": "mimdit.transformer",
     "PixelCodec": "mimdit.codec",
-    "load_pipeline": "mimdit.pipeline",
+    "from_sd35": "mimdit.sd35",
+    "load_pipeline": "mimdit.loading",
 }
-__all__ = ["MiMDiTPipeline", "MiMDiTTransformer2DModel", "PixelCodec", "load_pipeline"]
+__all__ = [
+    "MiMDiTPipeline",
+    "MiMDiTTransformer2DModel",
+    "PixelCodec",
+    "from_sd35",
+    "load_pipeline",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,8 @@
 """Between pictures and latents: a pixel codec without weights, and diffusers' AutoencoderKL."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
@@ -40,7 +43,8 @@ def encode(codec: Codec, pictures: Tensor) -> Tensor:
     """Pictures [B,3,H,W] in [−1,1] → scaled latents [B,c,h,w]; the mode, so nothing is random."""
     if isinstance(codec, PixelCodec):
         return codec.encode(pictures)
-    latents = codec.encode(pictures.to(codec.dtype)).latent_dist.mode()
+    with _tiled_if_large(codec, pictures.shape[-2:]):
+        latents = codec.encode(pictures.to(codec.dtype)).latent_dist.mode()
     return (latents - (codec.config["shift_factor"] or 0)) * codec.config["scaling_factor"]
 
 
@@ -51,4 +55,21 @@ def decode(codec: Codec, latents: Tensor) -> Tensor:
     latents = latents / codec.config["scaling_factor"] + (codec.config["shift_factor"] or 0)
     # Diffusers declares FloatTensor, which no torch function is typed to return.
     scaled = latents.to(codec.dtype)
-    return codec.decode(scaled).sample  # pyright: ignore[reportArgumentType]
+    factor = codec_factor(codec)
+    with _tiled_if_large(codec, (latents.shape[-2] * factor, latents.shape[-1] * factor)):
+        return codec.decode(scaled).sample  # pyright: ignore[reportArgumentType]
+
+
+@contextmanager
+def _tiled_if_large(codec: AutoencoderKL, size: Sequence[int]) -> Iterator[None]:
+    """Diffusers' tiling for pictures beyond the size that the codec was trained for.
+
+    Whole, a picture of 2048×2048 would take tens of gigabytes. Overlapping tiles are blended; the
+    user's own choice comes back afterwards.
+    """
+    before = codec.use_tiling
+    codec.use_tiling = before or max(size) > codec.tile_sample_min_size
+    try:
+        yield
+    finally:
+        codec.use_tiling = before

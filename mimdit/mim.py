@@ -72,6 +72,18 @@ class MiM(nn.Module):
             _one_of("groups", group, tuple(EXPERTS))
         if not 1 <= top_k <= experts:
             raise ValueError(f"top_k: expected 1 to {experts} (the number of experts), got {top_k}")
+        # The arguments, to build another one of the same kind.
+        self.settings: dict[str, Any] = {
+            "layers": layers,
+            "width": width,
+            "dim": dim,
+            "groups": tuple(groups),
+            "experts": experts,
+            "top_k": top_k,
+            "inter": inter,
+            "intra": intra,
+            "renormalize": renormalize,
+        }
         self.layers, self.groups, self.experts = layers, tuple(groups), experts
         self.top_k = experts if intra == "dense" else top_k
         self.inter, self.intra, self.renormalize = inter, intra, renormalize

@@ -3,32 +3,30 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import SD3LoraLoaderMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
 from torch import Tensor
 
 from mimdit.codec import PixelCodec, codec_factor, decode, encode
 from mimdit.color import COLOR_FIXES, color_fix
+from mimdit.inputs import Pictures, to_tensor
 from mimdit.mim import Routing
+from mimdit.text import TEXT_COMPONENTS, encode_text
 from mimdit.tiling import Tiling, plan_tiles, reflect_pad
 from mimdit.transformer import Condition, MiMDiTTransformer2DModel
 
-Pictures = Image.Image | np.ndarray | Tensor | Sequence[Image.Image] | Sequence[np.ndarray]
 Callback = Callable[["MiMDiTPipeline", int, Tensor, dict[str, Any]], dict[str, Any]]
 
 # Smaller pictures are padded up to this many tokens a side: no model saw such small grids.
 _MIN_TOKENS = 16
 # Conditioning tokens beyond this many bytes are computed anew in every step instead of kept.
 _CONDITION_BYTES = 2**30
-# Folders of trained models that come with the package.
-WEIGHTS = Path(__file__).parent / "weights"
 
 
 @dataclass
@@ -39,17 +37,19 @@ class MiMDiTPipelineOutput(BaseOutput):
     routing: Routing
 
 
-class MiMDiTPipeline(DiffusionPipeline):
+class MiMDiTPipeline(DiffusionPipeline, SD3LoraLoaderMixin):
     """Restores pictures with a MiM-DiT (arXiv 2603.02710).
 
     Args:
         transformer: the denoiser with its expert mixtures.
         vae: `PixelCodec` or diffusers' `AutoencoderKL`.
         scheduler: flow-matching Euler steps.
+        text_encoder … tokenizer_3: those of SD3.5, only for captions.
         default_steps: used when a call names no number of steps.
     """
 
-    model_cpu_offload_seq = "transformer->vae"
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->transformer->vae"
+    _optional_components: ClassVar[list[str]] = list(TEXT_COMPONENTS)
     transformer: MiMDiTTransformer2DModel
     vae: PixelCodec | AutoencoderKL
     scheduler: FlowMatchEulerDiscreteScheduler
@@ -59,10 +59,26 @@ class MiMDiTPipeline(DiffusionPipeline):
         transformer: MiMDiTTransformer2DModel,
         vae: PixelCodec | AutoencoderKL,
         scheduler: FlowMatchEulerDiscreteScheduler,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+        text_encoder_2: Any = None,
+        tokenizer_2: Any = None,
+        text_encoder_3: Any = None,
+        tokenizer_3: Any = None,
         default_steps: int = 40,
     ) -> None:
         super().__init__()
-        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+        self.register_modules(
+            transformer=transformer,
+            vae=vae,
+            scheduler=scheduler,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+            text_encoder_3=text_encoder_3,
+            tokenizer_3=tokenizer_3,
+        )
         self.register_to_config(default_steps=default_steps)
 
     # The base class's other parameters pass through `kwargs`.
@@ -79,6 +95,8 @@ class MiMDiTPipeline(DiffusionPipeline):
         self,
         image: Pictures,
         num_inference_steps: int | None = None,
+        prompt: str | None = None,
+        negative_prompt: str | None = None,
         guidance_scale: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         strength: float = 1.0,
@@ -96,7 +114,9 @@ class MiMDiTPipeline(DiffusionPipeline):
         Args:
             image: PIL, numpy [H,W,3] or [B,H,W,3], torch [3,H,W] or [B,3,H,W] (in [0,1]; uint8
                 numpy in [0,255]), or a list of pictures.
-            guidance_scale: other than 1 needs stored "positive" and "negative" prompts.
+            prompt, negative_prompt: captions, where the pipeline has text encoders; by default the
+                stored embeddings.
+            guidance_scale: other than 1 runs both prompts, which must differ.
             strength: 0 gives the damaged picture back, 1 the restored one, between them a blend.
             color_fix: "none", "adain" or "wavelet".
             tile, tile_overlap: in pixels; 0 takes the size that the model was trained for.
@@ -111,7 +131,7 @@ class MiMDiTPipeline(DiffusionPipeline):
         damaged = to_tensor(image)
         height, width = damaged.shape[-2:]
         model, device = self.transformer, self._execution_device
-        prompts = self._prompts(guidance_scale, len(damaged))
+        prompts = self._prompts(guidance_scale, prompt, negative_prompt)
 
         factor, patch = codec_factor(self.vae), model.config["patch_size"]
         step_px = factor * patch
@@ -139,8 +159,8 @@ class MiMDiTPipeline(DiffusionPipeline):
                     x,
                     time,
                     condition,
-                    encoder_hidden_states=text.repeat(len(x) // len(z_lq), 1, 1),
-                    pooled_projections=pooled.repeat(len(x) // len(z_lq), 1),
+                    encoder_hidden_states=text.to(x).expand(len(x), -1, -1),
+                    pooled_projections=pooled.to(x).expand(len(x), -1),
                     return_dict=False,
                 )[0].float()
                 for text, pooled in prompts
@@ -207,92 +227,37 @@ class MiMDiTPipeline(DiffusionPipeline):
             total = total.to(pooled.device) + pooled.unflatten(1, (-1, len(z_lq))).sum(1)
         return model.mim.route(total / count)
 
-    def _prompts(self, scale: float, batch: int) -> list[tuple[Tensor, Tensor]]:
+    def _prompts(
+        self, scale: float, prompt: str | None, negative: str | None
+    ) -> list[tuple[Tensor, Tensor]]:
         """Text of the one branch, or of the positive and the negative one."""
-        model = self.transformer
         if scale == 1:
-            return [model.prompt(None, batch)]
-        if not {"positive", "negative"} <= set(model.config["prompts"]):
+            return [self._prompt("prompt", "empty", prompt)]
+        branches = [
+            self._prompt("prompt", "positive", prompt),
+            self._prompt("negative_prompt", "negative", negative),
+        ]
+        if all(torch.equal(p, n) for p, n in zip(*branches, strict=True)):
             raise ValueError(
-                "guidance_scale: expected 1, as this model stores no positive and negative prompt; "
+                "guidance_scale: expected 1, as the positive and the negative prompt are equal; "
                 f"got {scale:g}"
             )
-        positive, negative = model.prompt("positive", batch), model.prompt("negative", batch)
-        if all(torch.equal(p, n) for p, n in zip(positive, negative, strict=True)):
+        return branches
+
+    def _prompt(self, argument: str, name: str, text: str | None) -> tuple[Tensor, Tensor]:
+        """Embeddings [1,T,C] and [1,P] of a caption, or else the stored ones of this name."""
+        model = self.transformer
+        if text is not None:
+            if self.text_encoder is None:
+                raise ValueError(f"{argument}: expected none, this pipeline has no text encoders")
+            parts = {key: getattr(self, key) for key in TEXT_COMPONENTS}
+            return encode_text(parts, model, [text], self._execution_device)
+        if name != "empty" and name not in model.config["prompts"]:
             raise ValueError(
-                "guidance_scale: expected 1, as the stored positive and negative prompts are "
-                f"equal; got {scale:g}"
+                f"guidance_scale: expected 1, as this model stores no {name} prompt; "
+                f"give it a {argument}, or leave guidance off"
             )
-        return [positive, negative]
-
-
-def to_tensor(image: Pictures) -> Tensor:
-    """Pictures of any accepted kind as float32 [B,3,H,W] in [0,1] on the CPU."""
-    if isinstance(image, (list, tuple)):
-        parts = [to_tensor(part) for part in image]
-        sizes = {tuple(p.shape[-2:]) for p in parts}
-        if len(sizes) != 1:
-            found = ", ".join(f"{h}×{w}" for h, w in sorted(sizes)) or "none"
-            raise ValueError(f"image: expected pictures of one size in a batch, got {found}")
-        return torch.cat(parts)
-    if isinstance(image, Image.Image):
-        image = np.asarray(image.convert("RGB"))
-    if isinstance(image, np.ndarray):
-        scale = 255 if image.dtype == np.uint8 else 1
-        image = torch.from_numpy(np.array(image, dtype=np.float32) / scale)
-        image = image.movedim(-1, -3) if image.ndim in (3, 4) else image
-    if not isinstance(image, Tensor):
-        raise ValueError(f"image: expected PIL, numpy or torch, got {type(image).__name__}")
-    pictures = image.detach().float().cpu()
-    pictures = pictures[None] if pictures.ndim == 3 else pictures
-    if pictures.ndim != 4 or pictures.shape[1] != 3 or 0 in pictures.shape:
-        raise ValueError(f"image: expected three colour channels, got shape {tuple(image.shape)}")
-    if not torch.isfinite(pictures).all():
-        raise ValueError("image: expected finite values, got NaN or infinity")
-    if pictures.min() < -1e-3 or pictures.max() > 1 + 1e-3:
-        span = f"{pictures.min():.3g} to {pictures.max():.3g}"
-        raise ValueError(f"image: expected values in [0, 1], got {span}")
-    return pictures.clamp(0, 1)
-
-
-def assemble(transformer: MiMDiTTransformer2DModel, default_steps: int = 40) -> MiMDiTPipeline:
-    """A pipeline around a pixel-codec transformer."""
-    codec = PixelCodec(factor=int((transformer.config["in_channels"] // 3) ** 0.5))
-    return MiMDiTPipeline(transformer, codec, FlowMatchEulerDiscreteScheduler(), default_steps)
-
-
-def load_pipeline(model: str, device: str = "cpu", precision: str | None = None) -> MiMDiTPipeline:
-    """A pipeline by the name of a shipped model, by folder, or by hub id.
-
-    precision: "fp32" (default), "bf16" or "fp16". Raises ValueError or OSError in one sentence.
-    """
-    dtypes = {
-        None: torch.float32,
-        "fp32": torch.float32,
-        "bf16": torch.bfloat16,
-        "fp16": torch.float16,
-    }
-    if precision not in dtypes:
-        raise ValueError(f"precision: expected bf16, fp16 or fp32, got {precision!r}")
-    shipped = {p.name for p in WEIGHTS.iterdir() if p.is_dir()} if WEIGHTS.is_dir() else set()
-    folder = str(WEIGHTS / model) if model in shipped else model
-    if model not in shipped and not Path(model).is_dir() and model.count("/") != 1:
-        names = ", ".join([*sorted(shipped), "a folder", "or a hub id"])
-        raise ValueError(f"no such model folder; expected {names}")
-    if Path(folder).is_dir() and not (Path(folder) / "model_index.json").is_file():
-        raise ValueError("not a model folder, it has no model_index.json")
-    options: dict[str, Any] = {"dtype": dtypes[precision], "use_safetensors": True}
-    # With `output_loading_info` diffusers returns a pair, which its annotation leaves out.
-    transformer, info = MiMDiTTransformer2DModel.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-        folder, subfolder="transformer", output_loading_info=True, **options
-    )
-    if info["missing_keys"] or info["unexpected_keys"]:
-        wrong = sorted({*info["missing_keys"], *info["unexpected_keys"]})
-        raise ValueError(
-            f"not the weights of this model: {len(wrong)} tensors differ ({wrong[0]}, …)"
-        )
-    pipe = MiMDiTPipeline.from_pretrained(folder, transformer=transformer, **options)
-    return pipe.to(device)
+        return model.prompt(None if name == "empty" else name)
 
 
 def _condition_bytes(model: MiMDiTTransformer2DModel, tiling: Tiling, batch: int) -> int:

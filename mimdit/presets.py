@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import torch
+
 from mimdit.codec import PixelCodec
-from mimdit.transformer import MiMDiTTransformer2DModel
+from mimdit.transformer import MiMDiTTransformer2DModel, default_dtype
 
 # Backbone layouts from the configurations of SD3.5-medium and SD3.5-large.
 _SD35: dict[str, Any] = {
@@ -73,13 +75,37 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def build(name: str, **overrides: Any) -> MiMDiTTransformer2DModel:
+def build(
+    name: str, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> MiMDiTTransformer2DModel:
     """A transformer of a preset with fresh weights; `overrides` replace single settings."""
     if name not in PRESETS:
         raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
-    return MiMDiTTransformer2DModel(**(PRESETS[name] | overrides))
+    with default_dtype(dtype):
+        return MiMDiTTransformer2DModel(**(PRESETS[name] | overrides))
 
 
 def pixel_codec() -> PixelCodec:
     """The codec of `debug` and `tiny`."""
     return PixelCodec(factor=4)
+
+
+def parameter_table() -> str:
+    """Millions of parameters of every preset, and of the SD3.5 ones without the bottleneck."""
+    rows = [f"{'preset':<14}{'blocks':>7}{'D':>6}{'d':>6}{'backbone':>12}{'MiM':>10}{'total':>10}"]
+    for name, preset in PRESETS.items():
+        width = preset["num_attention_heads"] * preset["attention_head_dim"]
+        for dim in sorted({preset["mim_dim"], width} if "sd35" in name else {preset["mim_dim"]}):
+            with torch.device("meta"):
+                model = build(name, mim_dim=dim)
+            total = sum(p.numel() for p in model.parameters()) / 1e6
+            mim = sum(p.numel() for p in model.mim.parameters()) / 1e6
+            rows.append(
+                f"{name:<14}{preset['num_layers']:>7}{width:>6}{dim:>6}"
+                f"{total - mim:>10.1f} M{mim:>8.1f} M{total:>8.1f} M"
+            )
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(parameter_table())

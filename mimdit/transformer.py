@@ -9,16 +9,28 @@ import torch
 from diffusers import SD3Transformer2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention import JointTransformerBlock
-from diffusers.models.embeddings import PatchEmbed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 # Diffusers recognises the kind of a pipeline's component by this name in the component's module.
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from mimdit import flow
 from mimdit.attention import ImageAttnProcessor, KeyValueMiMProcessor, MiMJointAttnProcessor
 from mimdit.mim import MiM, Routing
+from mimdit.patch_embed import ShiftablePatchEmbed
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New floating-point tensors are made in this type, instead of in float32 and then cast."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @dataclass(frozen=True)
@@ -31,20 +43,6 @@ class Condition:
     latents: Tensor
     tokens: tuple[Tensor, ...]
     routing: Routing
-
-
-class ShiftablePatchEmbed(PatchEmbed):
-    """Diffusers' `PatchEmbed` whose crop of the position table can be moved off the centre."""
-
-    offset: tuple[int, int] | None = None
-
-    def cropped_pos_embed(self, height: int, width: int) -> Tensor:
-        if self.offset is None:
-            return super().cropped_pos_embed(height, width)
-        size, (top, left) = self.pos_embed_max_size, self.offset
-        rows, columns = height // self.patch_size, width // self.patch_size
-        table = self.pos_embed.unflatten(1, (size, size))
-        return table[:, top : top + rows, left : left + columns].flatten(1, 2)
 
 
 class MiMDiTTransformer2DModel(SD3Transformer2DModel):
@@ -127,6 +125,49 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
                 own = ImageAttnProcessor()
                 block.attn2.set_processor(own)  # pyright: ignore[reportArgumentType]
 
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: SD3Transformer2DModel,
+        prompts: Sequence[str] = ("empty",),
+        prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> "MiMDiTTransformer2DModel":
+        """A fresh MiM-DiT that takes over a backbone's tensors without copying them.
+
+        prompt_embeds [N,T,C] and pooled_prompt_embeds [N,P] belong to the N names in `prompts`;
+        zeros (of T = 1) by default. seed: of the mixtures' initial weights. options: `mim_dim`,
+        `experts` and the other arguments of this class.
+        """
+        count, config = len(prompts), dict(backbone.config)
+        if prompt_embeds is None:
+            prompt_embeds = torch.zeros(count, 1, config["joint_attention_dim"])
+        if pooled_prompt_embeds is None:
+            pooled_prompt_embeds = torch.zeros(count, config["pooled_projection_dim"])
+        known = {k: v for k, v in config.items() if not k.startswith("_")}
+        stored = {"prompts": tuple(prompts), "prompt_tokens": prompt_embeds.shape[1]}
+        with torch.device("meta"):
+            model = cls(**(known | stored | options))
+        model.load_state_dict(backbone.state_dict(), strict=False, assign=True)
+        with torch.random.fork_rng(devices=[]), default_dtype(backbone.dtype):
+            torch.manual_seed(seed)
+            model.mim = MiM(**model.mim.settings)
+        for name, value in (
+            ("prompt_embeds", prompt_embeds),
+            ("pooled_prompt_embeds", pooled_prompt_embeds),
+        ):
+            own = getattr(model, name)
+            if value.shape != own.shape:
+                raise ValueError(f"{name}: expected {[*own.shape]}, got {[*value.shape]}")
+            setattr(model, name, nn.Parameter(value.to("cpu", backbone.dtype, copy=True)))
+        missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+        if missing:
+            raise ValueError(f"backbone: {len(missing)} tensors are missing ({missing[0]}, …)")
+        device = next(backbone.parameters()).device
+        return model.to(device).eval()  # pyright: ignore[reportArgumentType]
+
     @contextmanager
     def position_offset(self, top: int, left: int) -> Iterator[None]:
         """Take positions from this corner of the table, in tokens, instead of from its centre."""
@@ -158,10 +199,12 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
             )
         return height // patch, width // patch
 
+    @apply_forward_hook
     def pool_condition(self, lq_latents: Tensor) -> Tensor:
         """What the routers read, [L,B,d]: average it over tiles, then `mim.route` it."""
         return self.mim.pool(self.pos_embed(lq_latents).contiguous())
 
+    @apply_forward_hook
     def encode_condition(self, lq_latents: Tensor, routing: Routing | None = None) -> Condition:
         """m_l = ZeroLinear_l(MiM_l(PatchEmbed(z_lq) + pos)) for every block; z_lq [B,c,h,w]."""
         grid = self.grid(lq_latents)

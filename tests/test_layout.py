@@ -12,7 +12,18 @@ ALLOWED = {
     "bench": {"mimkernels", "mimdit", "export", "training"},
 }
 # Lower layers first; a module imports only from layers before its own.
-LAYERS = ["experts", "mim", "flow attention", "transformer", "codec", "presets", "pipeline", "cli"]
+LAYERS = [
+    "experts",
+    "mim",
+    "flow attention",
+    "transformer",
+    "codec",
+    "presets text",
+    "pipeline",
+    "loading",
+    "sd35",
+    "cli",
+]
 
 
 def imported(path: Path) -> set[str]:

@@ -99,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import torch
 
-    from mimdit.pipeline import MiMDiTPipeline, assemble
+    from mimdit.loading import assemble
+    from mimdit.pipeline import MiMDiTPipeline
     from mimdit.presets import build
     from training.loop import train
     from training.warm_start import align_positions_

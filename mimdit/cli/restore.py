@@ -233,7 +233,7 @@ def _load(args: argparse.Namespace) -> Any:
     try:
         from diffusers.utils import logging
 
-        from mimdit.pipeline import load_pipeline
+        from mimdit.loading import load_pipeline
 
         if not args.debug:
             logging.disable_progress_bar()

@@ -6,7 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mimdit.pipeline import MiMDiTPipeline, assemble, load_pipeline
+from mimdit.loading import assemble, load_pipeline
+from mimdit.pipeline import MiMDiTPipeline
 from mimdit.presets import build
 from mimdit.transformer import MiMDiTTransformer2DModel
 
@@ -134,7 +135,7 @@ def test_color_fix_moves_the_mean_to_the_input(pipe: MiMDiTPipeline, fix: str) -
     [
         ({"num_inference_steps": 0}, "num_inference_steps"),
         ({"strength": 1.5}, "strength"),
-        ({"guidance_scale": 2.0}, "no positive and negative prompt"),
+        ({"guidance_scale": 2.0}, "no positive prompt"),
         ({"color_fix": "blue"}, "color_fix"),
         ({"tile": 4}, "tile: expected 0 or 8 to 128"),
         ({"tile": 64, "tile_overlap": 64}, "tile_overlap"),
@@ -173,7 +174,7 @@ def test_equal_prompts_make_guidance_an_error() -> None:
     assert not np.array_equal(plain, guided)
     with torch.no_grad():
         model.prompt_embeds[1] = model.prompt_embeds[2]
-    with pytest.raises(ValueError, match="prompts are equal"):
+    with pytest.raises(ValueError, match="prompt are equal"):
         pipe(x, guidance_scale=3.0)
 
 
