@@ -1,13 +1,14 @@
-"""How much a model improves held-out photographs: `python -m bench.quality --model tiny`.
+"""How much a model improves held-out photographs: `mimdit-eval` or `python -m bench.quality`.
 
 Damages the four photographs that training never sees, restores them with several numbers of steps,
-and prints PSNR (RGB, data range 1, dB) before and after, averaged over pictures and seeds.
+and compares with the best classical method for the damage. Prints Markdown tables of PSNR and SSIM,
+and of the routing; rows with all figures go to a JSON-lines file, a before/after picture to a PNG.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from bench import classical, routing
 from mimdit.loading import load_pipeline
-from mimdit.metrics import psnr
+from mimdit.metrics import OFFLINE, scorer
 from mimdit.pipeline import MiMDiTPipeline
 from training.data import held_out
 from training.degrade import degrade
@@ -31,6 +33,7 @@ DAMAGES: dict[str, tuple[tuple[str, ...], dict[str, dict[str, Any]]]] = {
     "low_light+noise": (("low_light", "noise"), {}),
     "rain+haze": (("rain", "haze"), {}),
 }
+Row = dict[str, Any]
 
 
 def pictures(size: int) -> dict[str, np.ndarray]:
@@ -45,68 +48,145 @@ def pictures(size: int) -> dict[str, np.ndarray]:
     return found
 
 
+def damaged(damage: str, clean: np.ndarray, seed: int) -> np.ndarray:
+    """The picture as a damaged 8-bit file would hold it."""
+    kinds, pinned = DAMAGES[damage]
+    out, _ = degrade(clean, kinds, np.random.default_rng(seed), **pinned)
+    return np.round(out * 255) / np.float32(255)
+
+
+def restore(pipe: MiMDiTPipeline, image: np.ndarray, steps: int, seed: int) -> tuple[Any, Any]:
+    """The restored picture [H,W,3], rounded to 8 bits, and the routing taken."""
+    generator = torch.Generator().manual_seed(seed)
+    out = pipe(image, steps, generator=generator, output_type="np")
+    return np.round(out.images[0] * 255) / np.float32(255), out.routing
+
+
 def measure(
-    pipe: MiMDiTPipeline, size: int, steps: Sequence[int], seeds: int, damages: Sequence[str]
-) -> Iterator[dict[str, Any]]:
-    """One row for each damage, picture, seed and number of steps."""
+    pipe: MiMDiTPipeline,
+    size: int,
+    steps: Sequence[int],
+    seeds: int,
+    damages: Sequence[str],
+    score: Callable[..., dict[str, float]],
+) -> Iterator[Row]:
+    """One row for each damage, picture, seed and variant: damaged, classical methods, ours."""
+
+    def figures(image: np.ndarray, clean: np.ndarray) -> dict[str, float]:
+        return score(*(torch.from_numpy(x).movedim(-1, 0) for x in (image, clean)))
+
     for damage in damages:
-        kinds, pinned = DAMAGES[damage]
         for name, clean in pictures(size).items():
             for seed in range(seeds):
-                damaged, _ = degrade(clean, kinds, np.random.default_rng(seed), **pinned)
-                damaged = np.round(damaged * 255) / np.float32(255)
-                before = psnr(torch.from_numpy(damaged), torch.from_numpy(clean))
+                row = {"damage": damage, "picture": name, "seed": seed}
+                image = damaged(damage, clean, seed)
+                yield row | {"variant": "damaged"} | figures(image, clean)
+                for method, run in classical.METHODS[damage].items():
+                    variant = {"variant": "classical", "method": method}
+                    yield row | variant | figures(classical.restore(run, image), clean)
                 for count in steps:
-                    out = pipe(
-                        damaged,
-                        num_inference_steps=count,
-                        generator=torch.Generator().manual_seed(seed),
-                        output_type="np",
+                    out, taken = restore(pipe, image, count, seed)
+                    chosen = routing.picks(taken, pipe.transformer.mim.experts)
+                    yield (
+                        row
+                        | {"variant": "restored", "steps": count}
+                        | figures(out, clean)
+                        | {"inter": taken.inter.mean((0, 1)).tolist(), "picks": chosen.tolist()}
                     )
-                    saved = np.round(out.images[0] * 255) / np.float32(255)
-                    yield {
-                        "damage": damage,
-                        "picture": name,
-                        "seed": seed,
-                        "steps": count,
-                        "psnr_before": before,
-                        "psnr_after": psnr(torch.from_numpy(saved), torch.from_numpy(clean)),
-                        "inter": out.routing.inter.mean((0, 1)).tolist(),
-                    }
 
 
-def table(rows: Sequence[dict[str, Any]], steps: Sequence[int]) -> str:
-    """Markdown: mean PSNR of the damaged pictures, and of the restored ones by number of steps."""
-    head = " | ".join(f"{n} step{'s' * (n > 1)}" for n in steps)
-    lines = [f"| damage | damaged | {head} |", "|---" * (len(steps) + 2) + "|"]
+def summary(rows: Sequence[Row], damage: str, figure: str = "psnr") -> dict[str, float]:
+    """Means of a figure by column; of the classical methods the one with the best PSNR."""
+    some = [row for row in rows if row["damage"] == damage]
+
+    def mean(key: str, **match: Any) -> float:
+        return float(np.mean([r[key] for r in some if all(r.get(k) == match[k] for k in match)]))
+
+    columns = {"damaged": mean(figure, variant="damaged")}
+    methods = dict.fromkeys(row["method"] for row in some if row["variant"] == "classical")
+    if methods:
+        best = max(methods, key=lambda method: mean("psnr", method=method))
+        columns[best] = mean(figure, method=best)
+    for count in dict.fromkeys(row["steps"] for row in some if row["variant"] == "restored"):
+        columns[f"{count} step{'s' * (count > 1)}"] = mean(figure, steps=count)
+    return columns
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: mean PSNR / SSIM of the damaged pictures, the best classical method, and ours."""
+    lines: list[str] = []
     for damage in dict.fromkeys(row["damage"] for row in rows):
-        some = [row for row in rows if row["damage"] == damage]
-        after = [np.mean([r["psnr_after"] for r in some if r["steps"] == n]) for n in steps]
-        before = np.mean([r["psnr_before"] for r in some])
-        lines.append(f"| {damage} | {before:.2f} | " + " | ".join(f"{x:.2f}" for x in after) + " |")
+        psnr, ssim = (summary(rows, damage, figure) for figure in ("psnr", "ssim"))
+        if not lines:
+            ours = [name for name in psnr if name.endswith(("step", "steps"))]
+            lines = ["| damage | damaged | best classical | " + " | ".join(ours) + " |"]
+            lines.append("|---" * (len(ours) + 3) + "|")
+        cells = [f"{psnr[name]:.2f} / {ssim[name]:.3f}" for name in psnr]
+        method = next(name for name in psnr if name != "damaged")
+        cells[1] += f" ({method})"
+        lines.append(f"| {damage} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+def routing_report(rows: Sequence[Row], groups: Sequence[str]) -> str:
+    """Inter weights by damage beside the paper's, and what the picks tell about single damages."""
+    restored = [row for row in rows if row["variant"] == "restored"]
+    inter = {
+        damage: torch.tensor([r["inter"] for r in restored if r["damage"] == damage]).mean(0)
+        for damage in dict.fromkeys(row["damage"] for row in restored)
+    }
+    single = [row for row in restored if "+" not in row["damage"]]
+    shares = torch.tensor([row["picks"] for row in single])
+    bits = routing.mutual_information([row["damage"] for row in single], shares)
+    return (
+        f"{routing.table(inter, groups)}\n\nMutual information of damage and chosen sub-experts: "
+        f"mean {bits.mean():.2f}, largest {bits.max():.2f} bits of a group; the least used "
+        f"sub-expert has {shares.mean(0).min():.1%} of the picks of its group."
+    )
+
+
+def before_after(
+    pipe: MiMDiTPipeline, damages: Sequence[str], size: int, steps: int
+) -> Image.Image:
+    """Columns: damages. Rows: damaged, restored, original."""
+    originals = list(pictures(size).values())
+    columns = []
+    for i, damage in enumerate(damages):
+        clean = originals[i % len(originals)]
+        image = damaged(damage, clean, seed=0)
+        columns.append(np.concatenate([image, restore(pipe, image, steps, seed=0)[0], clean]))
+    sheet = np.concatenate(columns, axis=1)
+    return Image.fromarray(np.round(sheet * 255).astype(np.uint8))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    p = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__)
+    p = argparse.ArgumentParser(prog="mimdit-eval", description=__doc__)
     p.add_argument("--model", default="tiny", help="shipped model, folder or hub id")
     p.add_argument("--size", type=int, default=384, help="pixels a side (default 384)")
-    p.add_argument("--steps", type=int, nargs="+", default=[1, 8], help="(default 1 8)")
-    p.add_argument("--seeds", type=int, default=1, help="draws of damage and noise (default 1)")
+    p.add_argument("--steps", type=int, nargs="+", default=[1, 8, 40], help="(default 1 8 40)")
+    p.add_argument("--seeds", type=int, default=3, help="draws of damage and noise (default 3)")
     p.add_argument("--damages", nargs="+", default=list(DAMAGES), choices=list(DAMAGES))
+    p.add_argument("--metrics", nargs="*", default=OFFLINE, help="of pyiqa, besides PSNR and SSIM")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=["bf16", "fp16", "fp32"])
     p.add_argument("--out", type=Path, help="JSON-lines file for all rows")
+    p.add_argument("--picture", type=Path, help="PNG file for a before/after picture")
     args = p.parse_args(argv)
     pipe = load_pipeline(args.model, args.device, args.precision)
     pipe.set_progress_bar_config(disable=True)
+    score = scorer(args.metrics, args.device)
+    for name, reason in score.missing.items():  # pyright: ignore[reportFunctionMemberAccess]
+        print(f"note: without {name}: {reason}", file=sys.stderr)
     rows = []
-    for row in measure(pipe, args.size, args.steps, args.seeds, args.damages):
+    for row in measure(pipe, args.size, args.steps, args.seeds, args.damages, score):
         rows.append(row)
         if args.out:
             with args.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-    print(table(rows, args.steps))
+    print(table(rows) + "\n\n" + routing_report(rows, pipe.transformer.config["groups"]))
+    if args.picture:
+        single = [damage for damage in args.damages if "+" not in damage]
+        before_after(pipe, single, args.size, pipe.config["default_steps"]).save(args.picture)
     return 0
 
 

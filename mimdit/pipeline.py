@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.image_processor import VaeImageProcessor
@@ -258,6 +259,11 @@ class MiMDiTPipeline(DiffusionPipeline, SD3LoraLoaderMixin):
                 f"give it a {argument}, or leave guidance off"
             )
         return model.prompt(None if name == "empty" else name)
+
+
+# Diffusers looks pipelines up by name in its own namespace: `DiffusionPipeline.from_pretrained`
+# opens our folders too, once this module is imported.
+diffusers.MiMDiTPipeline = MiMDiTPipeline
 
 
 def _condition_bytes(model: MiMDiTTransformer2DModel, tiling: Tiling, batch: int) -> int:

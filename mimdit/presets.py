@@ -92,7 +92,9 @@ def pixel_codec() -> PixelCodec:
 
 def parameter_table() -> str:
     """Millions of parameters of every preset, and of the SD3.5 ones without the bottleneck."""
-    rows = [f"{'preset':<14}{'blocks':>7}{'D':>6}{'d':>6}{'backbone':>12}{'MiM':>10}{'total':>10}"]
+    rows = [
+        f"{'preset':<14}{'blocks':>7}{'D':>6}{'d':>6}{'backbone':>12}{'MiM':>10}{'text':>8}{'total':>11}"
+    ]
     for name, preset in PRESETS.items():
         width = preset["num_attention_heads"] * preset["attention_head_dim"]
         for dim in sorted({preset["mim_dim"], width} if "sd35" in name else {preset["mim_dim"]}):
@@ -100,9 +102,10 @@ def parameter_table() -> str:
                 model = build(name, mim_dim=dim)
             total = sum(p.numel() for p in model.parameters()) / 1e6
             mim = sum(p.numel() for p in model.mim.parameters()) / 1e6
+            text = (model.prompt_embeds.numel() + model.pooled_prompt_embeds.numel()) / 1e6
             rows.append(
                 f"{name:<14}{preset['num_layers']:>7}{width:>6}{dim:>6}"
-                f"{total - mim:>10.1f} M{mim:>8.1f} M{total:>8.1f} M"
+                f"{total - mim - text:>10.1f} M{mim:>8.1f} M{text:>6.1f} M{total:>9.1f} M"
             )
     return "\n".join(rows)
 

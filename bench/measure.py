@@ -1,0 +1,113 @@
+"""Timing, memory and the machine: the one place where benchmarks measure."""
+
+import platform
+import resource
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, so that the host's clock sees finished work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """Wall-clock time of one call."""
+    synchronize(device)
+    began = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - began
+
+
+def interleaved(
+    variants: Mapping[str, Callable[[], Any]], device: torch.device, warmup: int, runs: int
+) -> dict[str, list[float]]:
+    """Seconds of each run of each variant; one of each in turn, so that drift meets all alike."""
+    for _ in range(warmup):
+        for run in variants.values():
+            seconds(run, device)
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(runs):
+        for name, run in variants.items():
+            times[name].append(seconds(run, device))
+    return times
+
+
+def percentile(times: list[float], share: float) -> float:
+    """Linear interpolation between the sorted times, share in [0,1]."""
+    return torch.quantile(torch.tensor(times, dtype=torch.float64), share).item()
+
+
+def peak_memory_mb(run: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+    """Peak allocated and reserved memory of a call, in MB of 10⁶ bytes.
+
+    On a CPU both are the process's peak since its start: the system keeps no other count.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        synchronize(device)
+        counts = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        return counts[0] / 1e6, counts[1] / 1e6
+    run()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    return peak, peak
+
+
+def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s that a large matrix product reaches here: the best of several runs."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    times = interleaved({"product": lambda: a @ b}, device, warmup=3, runs=10)["product"]
+    return 2 * n**3 / min(times)
+
+
+def floating_point_operations(run: Callable[[], Any]) -> int:
+    """FLOPs of matrix products, convolutions and attention in a call."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    # Not every fused attention is counted; the plain one is two matrix products.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        run()
+    return counter.get_total_flops()
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Where a figure was measured."""
+    found: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": version("diffusers"),
+        "revision": _command("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"),
+    }
+    if device.type == "cuda":
+        query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        found["driver"] = _command(*query)
+    return found
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _command(*words: str) -> str | None:
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
