@@ -1,7 +1,13 @@
-"""Shared fixtures: the debug preset with every parameter drawn, so that no zeros hide a fault."""
+"""Shared fixtures; Triton's interpreter where there is no GPU."""
+
+import os
 
 import pytest
 import torch
+
+# Triton reads it when it is first imported, which the libraries below do.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from mimdit.presets import build
 from mimdit.transformer import MiMDiTTransformer2DModel
@@ -9,6 +15,8 @@ from mimdit.transformer import MiMDiTTransformer2DModel
 
 @pytest.fixture(scope="session")
 def debug_model() -> MiMDiTTransformer2DModel:
-    """Evaluation mode, randomised; tests must not change it."""
+    """Evaluation mode, every parameter drawn so that no zeros hide a fault; tests must not change
+    it.
+    """
     torch.manual_seed(0)
     return build("debug").randomize_(0).eval()

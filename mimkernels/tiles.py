@@ -1,0 +1,86 @@
+"""Tile configurations of the matrix kernels, by architecture.
+
+Heuristics; measured entries for single devices can replace them. An architecture is "sm_90" and the
+like, or "gfx942".
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+# Shared memory of one block, in bytes.
+SHARED_MEMORY = {
+    "sm_80": 166_912,
+    "sm_86": 101_376,
+    "sm_89": 101_376,
+    "sm_90": 232_448,
+    "sm_100": 232_448,
+    "sm_120": 101_376,
+    "gfx942": 65_536,
+}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A matrix kernel's block [rows, columns] and its step along the inner axis."""
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+
+
+def matrix_tile(
+    architecture: str, itemsize: int, rows: int, columns: int, accumulators: int = 1
+) -> Tile:
+    """The tile for an output of `rows`×`columns` whose operands have `itemsize` bytes."""
+    if architecture not in SHARED_MEMORY:
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"architecture: expected one of {known}, got {architecture!r}")
+    large = SHARED_MEMORY[architecture] > 150_000
+    side = 128 if itemsize == 2 else 64
+    # No tile much larger than the output; 16 is the least that matrix instructions take.
+    m, n = (max(16, min(side, 1 << (size - 1).bit_length())) for size in (rows, columns))
+    if itemsize >= 4 and accumulators > 1:
+        # Without tensor cores the operands sit in registers, too.
+        m = min(m, 32)
+    inner = 64 if itemsize == 2 and large else 32
+    warps = 8 if m * n > 64 * 128 else 4
+    stages = 2 if architecture == "gfx942" else 4 if large and itemsize == 2 else 3
+    return Tile(m, n, inner, warps, stages)
+
+
+_target: str | None = None
+
+
+@contextmanager
+def tiles_for(name: str) -> Iterator[None]:
+    """Inside, tiles are those of this architecture, whatever the tensors' device."""
+    global _target
+    before, _target = _target, name
+    try:
+        yield
+    finally:
+        _target = before
+
+
+def architecture(device: torch.device) -> str:
+    """Of a device's GPU; in the interpreter, on the CPU, that of a common one."""
+    if _target is not None:
+        return _target
+    return "sm_80" if device.type == "cpu" else _of_gpu(device.index or 0)
+
+
+@cache
+def _of_gpu(device: int) -> str:
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    found = f"sm_{major}{minor}"
+    # A newer member of a family runs the tiles of its eldest.
+    return found if found in SHARED_MEMORY else f"sm_{major}0" if major >= 10 else "sm_80"
