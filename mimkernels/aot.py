@@ -22,7 +22,7 @@ import torch
 
 from mimkernels.tiles import ARCHITECTURES, SHARED_MEMORY, tiles_for
 
-OPS = ("image_gate", "expert_linear", "expert_combine")
+OPS = ("image_gate", "expert_linear", "expert_combine", "expert_depthwise3x3")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _TYPES = {
     torch.bfloat16: "bf16",

@@ -46,12 +46,12 @@ def matrix_tile(
     side = 128 if itemsize == 2 else 64
     # No tile much larger than the output; 16 is the least that matrix instructions take.
     m, n = (max(16, min(side, 1 << (size - 1).bit_length())) for size in (rows, columns))
-    if itemsize >= 4 and accumulators > 1:
-        # Without tensor cores the operands sit in registers, too.
-        m = min(m, 32)
     inner = 64 if itemsize == 2 and large else 32
-    warps = 8 if m * n > 64 * 128 else 4
     stages = 2 if architecture == "gfx942" else 4 if large and itemsize == 2 else 3
+    if itemsize >= 4 and accumulators > 1:
+        # Without tensor cores the operands sit in registers, too: more of them spills.
+        m, stages = 16, 2
+    warps = 8 if m * n > 64 * 128 else 4
     return Tile(m, n, inner, warps, stages)
 
 
