@@ -56,9 +56,13 @@ def damaged(damage: str, clean: np.ndarray, seed: int) -> np.ndarray:
 
 
 def restore(pipe: MiMDiTPipeline, image: np.ndarray, steps: int, seed: int) -> tuple[Any, Any]:
-    """The restored picture [H,W,3], rounded to 8 bits, and the routing taken."""
+    """The restored picture [H,W,3], rounded to 8 bits, and the routing taken.
+
+    With the recommended number of steps the patch grid is shifted as recommended, too.
+    """
     generator = torch.Generator().manual_seed(seed)
-    out = pipe(image, steps, generator=generator, output_type="np")
+    shifts = pipe.config["default_shifts"] if steps == pipe.config["default_steps"] else 1
+    out = pipe(image, steps, shifts, generator=generator, output_type="np")
     return np.round(out.images[0] * 255) / np.float32(255), out.routing
 
 

@@ -11,29 +11,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from mimkernels import expert_depthwise3x3, expert_linear
+
 Grid = tuple[int, int]
-
-
-def expert_linear(x: Tensor, weight: Tensor, index: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y[b,j] = x[b,(j)]·W[index[b,j]]ᵀ + bias[index[b,j]].
-
-    x [B,T,K] (shared by the slots) or [B,k,T,K], weight [E,N,K], index [B,k], bias [E,N]
-    → [B,k,T,N].
-    """
-    if x.ndim == 3:
-        x = x.unsqueeze(1)
-    y = x @ weight[index].transpose(-1, -2)
-    return y if bias is None else y + bias[index].unsqueeze(-2).to(y.dtype)
-
-
-def expert_depthwise3x3(x: Tensor, weight: Tensor, index: Tensor, grid: Grid) -> Tensor:
-    """Depthwise 3×3 convolution with zero padding; x [B,k,T,C], weight [E,C,3,3] → [B,k,T,C]."""
-    b, k, _, c = x.shape
-    height, width = grid
-    planes = rearrange(x, "b k (h w) c -> 1 (b k c) h w", h=height, w=width)
-    kernels = weight[index].reshape(b * k * c, 1, 3, 3).to(x.dtype)
-    planes = F.conv2d(planes, kernels, padding=1, groups=b * k * c)
-    return rearrange(planes, "1 (b k c) h w -> b k (h w) c", b=b, k=k)
 
 
 def _bank(*shape: int, fan_in: int) -> nn.Parameter:
@@ -79,13 +59,14 @@ class ChannelExperts(nn.Module):
     def forward(self, u: Tensor, y: Tensor, grid: Grid, layer: int, index: Tensor) -> Tensor:
         del y
         qkv = expert_linear(u, self.qkv_weight[layer], index)
-        qkv = expert_depthwise3x3(qkv, self.dwconv_weight[layer], index, grid)
+        planes = expert_depthwise3x3(qkv.unflatten(2, grid), self.dwconv_weight[layer], index)
+        qkv = planes.flatten(2, 3)
         q, k, v = rearrange(qkv, "b j t (s h c) -> s b j h c t", s=3, h=self.heads)
         temperature = self.temperature[layer][index][..., None, None]
         # Normalised over the spatial axis, eps 1e-12 as torch's default.
         gram = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-1, -2)
         out = (gram * temperature).softmax(dim=-1).to(v.dtype) @ v
-        out = rearrange(out, "b j h c t -> b j t (h c)")
+        out = rearrange(out, "b j h c t -> b j t (h c)").contiguous()
         return expert_linear(out, self.proj_weight[layer], index)
 
 

@@ -15,11 +15,17 @@ WEIGHTS = Path(__file__).parent / "weights"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def assemble(transformer: MiMDiTTransformer2DModel, default_steps: int = 40) -> MiMDiTPipeline:
+def assemble(
+    transformer: MiMDiTTransformer2DModel, default_steps: int = 40, default_shifts: int = 1
+) -> MiMDiTPipeline:
     """A pipeline around a pixel-codec transformer."""
     codec = PixelCodec(factor=int((transformer.config["in_channels"] // 3) ** 0.5))
     return MiMDiTPipeline(
-        transformer, codec, FlowMatchEulerDiscreteScheduler(), default_steps=default_steps
+        transformer,
+        codec,
+        FlowMatchEulerDiscreteScheduler(),
+        default_steps=default_steps,
+        default_shifts=default_shifts,
     )
 
 

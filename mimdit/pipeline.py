@@ -18,16 +18,15 @@ from mimdit.codec import PixelCodec, codec_factor, decode, encode
 from mimdit.color import COLOR_FIXES, color_fix
 from mimdit.inputs import Pictures, to_tensor
 from mimdit.mim import Routing
+from mimdit.sampling import SHIFTS, Denoiser, grid_places
 from mimdit.text import TEXT_COMPONENTS, encode_text
 from mimdit.tiling import Tiling, plan_tiles, reflect_pad
-from mimdit.transformer import Condition, MiMDiTTransformer2DModel
+from mimdit.transformer import MiMDiTTransformer2DModel
 
 Callback = Callable[["MiMDiTPipeline", int, Tensor, dict[str, Any]], dict[str, Any]]
 
 # Smaller pictures are padded up to this many tokens a side: no model saw such small grids.
 _MIN_TOKENS = 16
-# Conditioning tokens beyond this many bytes are computed anew in every step instead of kept.
-_CONDITION_BYTES = 2**30
 
 
 @dataclass
@@ -46,7 +45,7 @@ class MiMDiTPipeline(DiffusionPipeline, SD3LoraLoaderMixin):
         vae: `PixelCodec` or diffusers' `AutoencoderKL`.
         scheduler: flow-matching Euler steps.
         text_encoder … tokenizer_3: those of SD3.5, only for captions.
-        default_steps: used when a call names no number of steps.
+        default_steps, default_shifts: used when a call names no number of steps.
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->transformer->vae"
@@ -67,6 +66,7 @@ class MiMDiTPipeline(DiffusionPipeline, SD3LoraLoaderMixin):
         text_encoder_3: Any = None,
         tokenizer_3: Any = None,
         default_steps: int = 40,
+        default_shifts: int = 1,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -80,7 +80,7 @@ class MiMDiTPipeline(DiffusionPipeline, SD3LoraLoaderMixin):
             text_encoder_3=text_encoder_3,
             tokenizer_3=tokenizer_3,
         )
-        self.register_to_config(default_steps=default_steps)
+        self.register_to_config(default_steps=default_steps, default_shifts=default_shifts)
 
     # The base class's other parameters pass through `kwargs`.
     def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -96,6 +96,7 @@ class MiMDiTPipeline(DiffusionPipeline, SD3LoraLoaderMixin):
         self,
         image: Pictures,
         num_inference_steps: int | None = None,
+        shifts: int | None = None,
         prompt: str | None = None,
         negative_prompt: str | None = None,
         guidance_scale: float = 1.0,
@@ -115,6 +116,11 @@ class MiMDiTPipeline(DiffusionPipeline, SD3LoraLoaderMixin):
         Args:
             image: PIL, numpy [H,W,3] or [B,H,W,3], torch [3,H,W] or [B,3,H,W] (in [0,1]; uint8
                 numpy in [0,255]), or a list of pictures.
+            num_inference_steps, shifts: by default what the model recommends; shifts is 1 where
+                only the steps are named.
+            shifts: 1, 2 or 4 grids of patches, half a patch apart. The picture is restored on each
+                and the results are averaged (cycle spinning; Coifman and Donoho, 1995), so that
+                edges of patches vanish; the time multiplies. Latents come from one grid.
             prompt, negative_prompt: captions, where the pipeline has text encoders; by default the
                 stored embeddings.
             guidance_scale: other than 1 runs both prompts, which must differ.
@@ -128,79 +134,83 @@ class MiMDiTPipeline(DiffusionPipeline, SD3LoraLoaderMixin):
             ValueError: an argument out of range, or a result that is not finite.
         """
         steps = self.config["default_steps"] if num_inference_steps is None else num_inference_steps
-        _check(steps, strength, color_fix, tile, tile_batch, output_type)
+        if num_inference_steps is None and shifts is None:
+            shifts = self.config["default_shifts"]
+        shifts = 1 if shifts is None or output_type == "latent" else shifts
+        _check(steps, shifts, strength, color_fix, tile, tile_batch, output_type)
         damaged = to_tensor(image)
         height, width = damaged.shape[-2:]
-        model, device = self.transformer, self._execution_device
         prompts = self._prompts(guidance_scale, prompt, negative_prompt)
-
-        factor, patch = codec_factor(self.vae), model.config["patch_size"]
-        step_px = factor * patch
-        padded = [max(-(-n // step_px), _MIN_TOKENS) * step_px for n in (height, width)]
-        z_lq = encode(self.vae, reflect_pad(damaged, *padded).to(device) * 2 - 1).float()
-        tiling = self._tiling((z_lq.shape[-2], z_lq.shape[-1]), tile, tile_overlap)
-        routing = self._route(z_lq, tiling, tile_batch)
-        keep = _condition_bytes(model, tiling, len(z_lq)) <= _CONDITION_BYTES
-        kept: dict[int, Condition] = {}
-
-        def condition_of(tiles: slice) -> Condition:
-            if tiles.start in kept:
-                return kept[tiles.start]
-            cut = tiling.cut(z_lq, tiles).to(model.dtype)
-            found = model.encode_condition(cut, routing.repeat(len(cut) // len(z_lq)))
-            if keep:
-                kept[tiles.start] = found
-            return found
-
-        def velocity(tiles: slice) -> Tensor:
-            x = tiling.cut(latents, tiles).to(model.dtype)
-            condition, time = condition_of(tiles), t.expand(len(x)).to(device)
-            parts = [
-                model(
-                    x,
-                    time,
-                    condition,
-                    encoder_hidden_states=text.to(x).expand(len(x), -1, -1),
-                    pooled_projections=pooled.to(x).expand(len(x), -1),
-                    return_dict=False,
-                )[0].float()
-                for text, pooled in prompts
-            ]
-            if len(parts) == 1:
-                return parts[0]
-            return parts[1] + guidance_scale * (parts[0] - parts[1])
-
-        latents = randn_tensor(z_lq.shape, generator=generator, device=device, dtype=z_lq.dtype)
-        self.scheduler.set_timesteps(steps, device=device)
-        timesteps = cast(Tensor, self.scheduler.timesteps)
+        places = grid_places(shifts, self._patch())
+        images: Any = torch.zeros_like(damaged)
         # A decorator of diffusers hides the signature.
-        with self.progress_bar(total=len(timesteps)) as bar:  # pyright: ignore[reportCallIssue]
-            for i, t in enumerate(timesteps):
-                v = tiling.blend(velocity, latents, tile_batch)
-                # Diffusers declares FloatTensor, which no torch function is typed to return.
-                latents = self.scheduler.step(
-                    v,  # pyright: ignore[reportArgumentType]
-                    t,  # pyright: ignore[reportArgumentType]
-                    latents,  # pyright: ignore[reportArgumentType]
-                    return_dict=False,
-                )[0]
-                if callback_on_step_end is not None:
-                    named = {"latents": latents}
-                    state = {k: named[k] for k in callback_on_step_end_tensor_inputs}
-                    latents = callback_on_step_end(self, i, t, state).pop("latents", latents)
-                bar.update()
+        with self.progress_bar(total=steps * shifts) as bar:  # pyright: ignore[reportCallIssue]
 
-        images = latents
+            def step_end(i: int, t: Tensor, latents: Tensor) -> Tensor:
+                bar.update()
+                if callback_on_step_end is None:
+                    return latents
+                named = {"latents": latents}
+                state = {k: named[k] for k in callback_on_step_end_tensor_inputs}
+                return callback_on_step_end(self, i, t, state).pop("latents", latents)
+
+            routing = None
+            for top, left in places:
+                moved = reflect_pad(damaged.flip(-2, -1), height + top, width + left).flip(-2, -1)
+                z_lq = self._encode(moved)
+                tiling = self._tiling((z_lq.shape[-2], z_lq.shape[-1]), tile, tile_overlap)
+                denoiser = Denoiser(
+                    self.transformer, z_lq, tiling, prompts, guidance_scale, tile_batch
+                )
+                routing = denoiser.routing if routing is None else routing
+                latents = self._sample(denoiser, steps, generator, step_end)
+                if output_type == "latent":
+                    images = latents
+                else:
+                    pixels = decode(self.vae, latents).float().cpu() / 2 + 0.5
+                    images += pixels[..., top : top + height, left : left + width] / shifts
         if output_type != "latent":
-            images = self._finish(latents, damaged, strength, color_fix, output_type)
+            images = self._finish(images, damaged, strength, color_fix, output_type)
         self.maybe_free_model_hooks()
+        assert routing is not None
         return MiMDiTPipelineOutput(images, routing) if return_dict else (images, routing)
 
+    def _patch(self) -> int:
+        """Pixels along one side of a token."""
+        return codec_factor(self.vae) * self.transformer.config["patch_size"]
+
+    def _encode(self, damaged: Tensor) -> Tensor:
+        """Latents of pictures padded to whole patches."""
+        patch = self._patch()
+        padded = [max(-(-n // patch), _MIN_TOKENS) * patch for n in damaged.shape[-2:]]
+        pictures = reflect_pad(damaged, *padded).to(self._execution_device)
+        return encode(self.vae, pictures * 2 - 1).float()
+
+    def _sample(
+        self,
+        denoiser: Denoiser,
+        steps: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        step_end: Callable[[int, Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """Latents after all steps from noise."""
+        z = denoiser.z_lq
+        latents = randn_tensor(z.shape, generator=generator, device=z.device, dtype=z.dtype)
+        self.scheduler.set_timesteps(steps, device=z.device)
+        for i, t in enumerate(cast(Tensor, self.scheduler.timesteps)):
+            # Diffusers declares FloatTensor, which no torch function is typed to return.
+            latents = self.scheduler.step(
+                denoiser(latents, t),  # pyright: ignore[reportArgumentType]
+                t,  # pyright: ignore[reportArgumentType]
+                latents,  # pyright: ignore[reportArgumentType]
+                return_dict=False,
+            )[0]
+            latents = step_end(i, t, latents)
+        return latents
+
     def _finish(
-        self, latents: Tensor, damaged: Tensor, strength: float, fix: str, output_type: str
+        self, restored: Tensor, damaged: Tensor, strength: float, fix: str, output_type: str
     ) -> Any:
-        height, width = damaged.shape[-2:]
-        restored = decode(self.vae, latents).float().cpu()[..., :height, :width] / 2 + 0.5
         if not torch.isfinite(restored).all():
             raise ValueError("the result is not finite; use fp32 precision, or another checkpoint")
         restored = color_fix(fix, restored, damaged)
@@ -218,15 +228,6 @@ class MiMDiTPipeline(DiffusionPipeline, SD3LoraLoaderMixin):
         # The automatic tile keeps the asked overlap only where it is smaller than the tile.
         wanted = overlap // factor if tile else min(overlap // factor, size // 2)
         return plan_tiles(plane, size, wanted, patch)
-
-    def _route(self, z_lq: Tensor, tiling: Tiling, batch: int) -> Routing:
-        """One routing for the whole picture, so that its tiles never disagree."""
-        model, count = self.transformer, len(tiling.corners)
-        total = torch.zeros(())
-        for tiles in tiling.chunks(batch):
-            pooled = model.pool_condition(tiling.cut(z_lq, tiles).to(model.dtype))
-            total = total.to(pooled.device) + pooled.unflatten(1, (-1, len(z_lq))).sum(1)
-        return model.mim.route(total / count)
 
     def _prompts(
         self, scale: float, prompt: str | None, negative: str | None
@@ -266,17 +267,19 @@ class MiMDiTPipeline(DiffusionPipeline, SD3LoraLoaderMixin):
 diffusers.MiMDiTPipeline = MiMDiTPipeline
 
 
-def _condition_bytes(model: MiMDiTTransformer2DModel, tiling: Tiling, batch: int) -> int:
-    tokens = tiling.size[0] * tiling.size[1] // model.config["patch_size"] ** 2
-    elements = batch * len(tiling.corners) * tokens * model.inner_dim * model.mim.layers
-    return elements * model.dtype.itemsize
-
-
 def _check(
-    steps: int, strength: float, fix: str, tile: int, tile_batch: int, output_type: str
+    steps: int,
+    shifts: int,
+    strength: float,
+    fix: str,
+    tile: int,
+    tile_batch: int,
+    output_type: str,
 ) -> None:
     if steps < 1:
         raise ValueError(f"num_inference_steps: expected at least 1, got {steps}")
+    if shifts not in SHIFTS:
+        raise ValueError(f"shifts: expected one of {', '.join(map(str, SHIFTS))}, got {shifts}")
     if not 0 <= strength <= 1:
         raise ValueError(f"strength: expected 0 to 1, got {strength:g}")
     if tile < 0:

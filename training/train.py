@@ -47,7 +47,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--init", help="a model folder whose weights to start from")
     p.add_argument("--dataloader-num-workers", type=int, default=d.workers)
     p.add_argument("--seed", type=int, default=d.seed)
-    p.add_argument("--inference-steps", type=int, default=8, help="what the model recommends")
+    p.add_argument("--inference-steps", type=int, default=1, help="what the model recommends")
+    p.add_argument("--inference-shifts", type=int, default=4, help="likewise, of the patch grid")
     return p
 
 
@@ -112,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = align_positions_(build(args.preset))
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    pipe = assemble(model, args.inference_steps)
+    pipe = assemble(model, args.inference_steps, args.inference_shifts)
     try:
         train(model, pipe.vae, settings, args.resume_from_checkpoint)
     except ValueError as error:

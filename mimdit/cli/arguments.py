@@ -84,6 +84,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="denoising steps (default: what the model recommends)",
     )
     add(
+        "--shifts",
+        type=int,
+        choices=(1, 2, 4),
+        help="average over this many shifted patch grids, against visible blocks; the time "
+        "multiplies (default: what the model recommends, or 1 with --steps)",
+    )
+    add(
         "--guidance-scale",
         type=number(float, 0, 100),
         default=1.0,

@@ -171,6 +171,7 @@ def restore_one(pipe: Any, job: Job, picture: Picture, args: argparse.Namespace)
     start = time.perf_counter()
     options = {
         "num_inference_steps": args.steps,
+        "shifts": args.shifts,
         "guidance_scale": args.guidance_scale,
         "strength": args.strength,
         "color_fix": args.color_fix,

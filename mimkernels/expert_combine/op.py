@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mimkernels.autocast import autocast
 from mimkernels.backend import runs_triton
 from mimkernels.checks import check_device, check_float, check_index, check_like, check_shape
 from mimkernels.expert_combine.reference import expert_combine_reference
@@ -44,6 +45,7 @@ def expert_combine(
         ValueError: shapes, types, devices or strides that do not fit; on the CPU also an index
             that is no expert's number.
     """
+    x, weight, gate, bias, residual = autocast(x, weight, gate, bias, residual)
     groups = [_sequence(v) for v in (x, weight, index, gate)]
     count = len(groups[0])
     biases = [bias] * count if bias is None or isinstance(bias, Tensor) else list(bias)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mimkernels.autocast import autocast
 from mimkernels.backend import runs_triton
 from mimkernels.checks import check_device, check_float, check_index, check_like, check_shape
 from mimkernels.expert_depthwise3x3.reference import expert_depthwise3x3_reference
@@ -30,6 +31,7 @@ def expert_depthwise3x3(
         ValueError: shapes, types, devices or strides that do not fit; on the CPU also an index
             that is no expert's number.
     """
+    x, weight = autocast(x, weight)
     check_shape("x", x, (None,) * 5)
     check_float("x", x)
     check_shape("weight", weight, (None, x.shape[-1], 3, 3))

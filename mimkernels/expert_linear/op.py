@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mimkernels.autocast import autocast
 from mimkernels.backend import runs_triton
 from mimkernels.checks import check_device, check_float, check_index, check_like, check_shape
 from mimkernels.expert_linear.reference import expert_linear_reference
@@ -36,6 +37,7 @@ def expert_linear(
         ValueError: shapes, types, devices or strides that do not fit; on the CPU also an index
             that is no expert's number.
     """
+    x, weight, bias = autocast(x, weight, bias)
     _check(x, weight, index, bias)
     if not runs_triton(backend, x):
         return expert_linear_reference(x, weight, index, bias)

@@ -125,6 +125,15 @@ def test_compiles_without_graph_breaks() -> None:
     assert all(torch.equal(a, b) for a, b in zip(grads, eager_grads, strict=True))
 
 
+def test_autocast_takes_its_type() -> None:
+    x, weight, index, bias = inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = expert_linear(x, weight, index, bias)
+        reference = expert_linear_reference(x, weight, index, bias)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, reference)
+
+
 def test_bad_arguments() -> None:
     x, weight, index, bias = inputs()
     cases = [

@@ -10,6 +10,7 @@ from mimdit.loading import assemble, load_pipeline
 from mimdit.pipeline import MiMDiTPipeline
 from mimdit.presets import build
 from mimdit.transformer import MiMDiTTransformer2DModel
+from training.warm_start import align_positions_
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,29 @@ def test_same_seed_same_bits(pipe: MiMDiTPipeline) -> None:
     a, b, c = (pipe(x, generator=seeded(s), output_type="np").images for s in (0, 0, 1))
     assert np.array_equal(a, b)
     assert not np.array_equal(a, c)
+
+
+@pytest.mark.parametrize("size", [(131, 257), (128, 128), (3, 5)], ids=str)
+def test_shifted_grids_meet_again(size: tuple[int, int]) -> None:
+    """A model whose correction is zero gives the picture back, wherever its patches lie."""
+    pipe = assemble(align_positions_(build("tiny")).eval(), default_shifts=4, default_steps=1)
+    pipe.set_progress_bar_config(disable=True)
+    x = picture(*size)
+    for shifts in (1, 2, 4):
+        out = pipe(x, 1, shifts, output_type="np").images[0]
+        np.testing.assert_allclose(out, x, atol=1e-5)
+    seen = []
+    pipe(x, callback_on_step_end=lambda *a: seen.append(a[1]) or {})
+    assert seen == [0] * 4
+    seen.clear()
+    pipe(x, 2, callback_on_step_end=lambda *a: seen.append(a[1]) or {})
+    assert seen == [0, 1]
+
+
+def test_shifts_average_different_results(pipe: MiMDiTPipeline) -> None:
+    x = picture(128, 136)
+    one, two = (pipe(x, 2, n, generator=seeded(), output_type="np").images for n in (1, 2))
+    assert np.abs(one - two).max() > 1e-3
 
 
 def test_saved_and_loaded(pipe: MiMDiTPipeline, tmp_path: Path) -> None:
@@ -101,7 +125,7 @@ def test_conditions_kept_or_computed_anew(
 ) -> None:
     x = picture(150, 200)
     kept = pipe(x, generator=seeded(), output_type="np").images
-    monkeypatch.setattr("mimdit.pipeline._CONDITION_BYTES", 0)
+    monkeypatch.setattr("mimdit.sampling._CONDITION_BYTES", 0)
     assert np.array_equal(pipe(x, generator=seeded(), output_type="np").images, kept)
 
 
@@ -140,6 +164,7 @@ def test_color_fix_moves_the_mean_to_the_input(pipe: MiMDiTPipeline, fix: str) -
         ({"tile": 4}, "tile: expected 0 or 8 to 128"),
         ({"tile": 64, "tile_overlap": 64}, "tile_overlap"),
         ({"output_type": "jpg"}, "output_type"),
+        ({"shifts": 3}, "shifts: expected one of 1, 2, 4"),
     ],
 )
 def test_bad_arguments(pipe: MiMDiTPipeline, options: dict, message: str) -> None:
