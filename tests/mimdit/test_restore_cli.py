@@ -40,7 +40,7 @@ def pipe(monkeypatch):
         fake.loads.append((model, device, precision))
         return fake
 
-    monkeypatch.setattr("mimdit.pipeline.load_pipeline", load)
+    monkeypatch.setattr("mimdit.loading.load_pipeline", load)
     return fake
 
 
@@ -229,7 +229,7 @@ def test_model_errors_are_one_sentence(folder, monkeypatch, capsys, error):
     def load(*_):
         raise error("no such model 'x'\nsecond line")
 
-    monkeypatch.setattr("mimdit.pipeline.load_pipeline", load)
+    monkeypatch.setattr("mimdit.loading.load_pipeline", load)
     picture(folder / "a.png")
     assert main(["-i", "in", "--model", "x"]) == 1
     err = capsys.readouterr().err
