@@ -93,13 +93,14 @@ def test_every_picture_starts_from_the_same_seed(pipe, folder):
 def test_options_reach_the_pipeline(pipe, folder):
     picture(folder / "a.png")
     flags = "--model m --device cpu --precision bf16 -t 256 --tile-overlap 32 --batch-size 4"
-    more = "--steps 5 --guidance-scale 2.5 --strength 0.5 --color-fix wavelet"
+    more = "--steps 5 --shifts 2 --guidance-scale 2.5 --strength 0.5 --color-fix wavelet"
     assert main(["-i", "in/a.png", *flags.split(), *more.split()]) == 0
     assert pipe.loads == [("m", "cpu", "bf16")]
     call = pipe.calls[0]
     del call["noise"]
     assert call == {
         "num_inference_steps": 5,
+        "shifts": 2,
         "guidance_scale": 2.5,
         "strength": 0.5,
         "color_fix": "wavelet",
