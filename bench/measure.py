@@ -54,6 +54,7 @@ def peak_memory_mb(run: Callable[[], Any], device: torch.device) -> tuple[float,
     On a CPU both are the process's peak since its start: the system keeps no other count.
     """
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         run()
         synchronize(device)

@@ -55,14 +55,15 @@ def damaged(damage: str, clean: np.ndarray, seed: int) -> np.ndarray:
     return np.round(out * 255) / np.float32(255)
 
 
-def restore(pipe: MiMDiTPipeline, image: np.ndarray, steps: int, seed: int) -> tuple[Any, Any]:
-    """The restored picture [H,W,3], rounded to 8 bits, and the routing taken.
+def shifts_of(pipe: MiMDiTPipeline, steps: int) -> int:
+    """Grids of patches to average: as recommended with the recommended steps, else one."""
+    return pipe.config["default_shifts"] if steps == pipe.config["default_steps"] else 1
 
-    With the recommended number of steps the patch grid is shifted as recommended, too.
-    """
+
+def restore(pipe: MiMDiTPipeline, image: np.ndarray, steps: int, seed: int) -> tuple[Any, Any]:
+    """The restored picture [H,W,3], rounded to 8 bits, and the routing taken."""
     generator = torch.Generator().manual_seed(seed)
-    shifts = pipe.config["default_shifts"] if steps == pipe.config["default_steps"] else 1
-    out = pipe(image, steps, shifts, generator=generator, output_type="np")
+    out = pipe(image, steps, shifts_of(pipe, steps), generator=generator, output_type="np")
     return np.round(out.images[0] * 255) / np.float32(255), out.routing
 
 
@@ -89,11 +90,12 @@ def measure(
                     variant = {"variant": "classical", "method": method}
                     yield row | variant | figures(classical.restore(run, image), clean)
                 for count in steps:
+                    shifts = shifts_of(pipe, count)
                     out, taken = restore(pipe, image, count, seed)
                     chosen = routing.picks(taken, pipe.transformer.mim.experts)
                     yield (
                         row
-                        | {"variant": "restored", "steps": count}
+                        | {"variant": "restored", "steps": count, "shifts": shifts}
                         | figures(out, clean)
                         | {"inter": taken.inter.mean((0, 1)).tolist(), "picks": chosen.tolist()}
                     )
@@ -111,8 +113,10 @@ def summary(rows: Sequence[Row], damage: str, figure: str = "psnr") -> dict[str,
     if methods:
         best = max(methods, key=lambda method: mean("psnr", method=method))
         columns[best] = mean(figure, method=best)
-    for count in dict.fromkeys(row["steps"] for row in some if row["variant"] == "restored"):
-        columns[f"{count} step{'s' * (count > 1)}"] = mean(figure, steps=count)
+    ours = [(r["steps"], r["shifts"]) for r in some if r["variant"] == "restored"]
+    for count, shifts in dict.fromkeys(ours):
+        name = f"{count} step{'s' * (count > 1)}" + f", {shifts} grids" * (shifts > 1)
+        columns[name] = mean(figure, steps=count)
     return columns
 
 
@@ -122,7 +126,7 @@ def table(rows: Sequence[Row]) -> str:
     for damage in dict.fromkeys(row["damage"] for row in rows):
         psnr, ssim = (summary(rows, damage, figure) for figure in ("psnr", "ssim"))
         if not lines:
-            ours = [name for name in psnr if name.endswith(("step", "steps"))]
+            ours = list(psnr)[2:]
             lines = ["| damage | damaged | best classical | " + " | ".join(ours) + " |"]
             lines.append("|---" * (len(ours) + 3) + "|")
         cells = [f"{psnr[name]:.2f} / {ssim[name]:.3f}" for name in psnr]
@@ -140,6 +144,8 @@ def routing_report(rows: Sequence[Row], groups: Sequence[str]) -> str:
         for damage in dict.fromkeys(row["damage"] for row in restored)
     }
     single = [row for row in restored if "+" not in row["damage"]]
+    if not single:
+        return routing.table(inter, groups)
     shares = torch.tensor([row["picks"] for row in single])
     bits = routing.mutual_information([row["damage"] for row in single], shares)
     return (
@@ -190,7 +196,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(rows) + "\n\n" + routing_report(rows, pipe.transformer.config["groups"]))
     if args.picture:
         single = [damage for damage in args.damages if "+" not in damage]
-        before_after(pipe, single, args.size, pipe.config["default_steps"]).save(args.picture)
+        before_after(pipe, single or args.damages, args.size, pipe.config["default_steps"]).save(
+            args.picture
+        )
     return 0
 
 

@@ -28,15 +28,17 @@ def ssim(a: Tensor, b: Tensor) -> float:
 
     Gaussian window of σ = 1.5, as in Wang et al. (2004). Raises ValueError below 11×11 pixels.
     """
-    from skimage.metrics import structural_similarity
-
+    try:
+        from skimage.metrics import structural_similarity
+    except ImportError as error:
+        raise ImportError("ssim needs scikit-image: pip install 'mimdit[eval]'") from error
     if a.shape != b.shape or a.ndim != 3 or min(a.shape[1:]) < 11:
         raise ValueError(
             "ssim: expected two pictures [3,H,W] of at least 11×11 pixels, "
             f"got {tuple(a.shape)} and {tuple(b.shape)}"
         )
     weights = torch.tensor(_LUMA, dtype=torch.float64)
-    luma = [torch.einsum("c,chw->hw", weights, x.double()).numpy() for x in (a, b)]
+    luma = [torch.einsum("c,chw->hw", weights, x.double().cpu()).numpy() for x in (a, b)]
     score: Any = structural_similarity(
         *luma, data_range=1.0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
     )

@@ -91,6 +91,21 @@ class MiMDiTPipeline(DiffusionPipeline, SD3LoraLoaderMixin):
             raise ValueError("safe_serialization: expected True, weights are stored as safetensors")
         super().save_pretrained(save_directory, **kwargs)
 
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
+        """Fetch a model from the hub; returns its folder.
+
+        Diffusers' own version takes components outside diffusers for code inside the repository.
+        """
+        from huggingface_hub import snapshot_download
+
+        known = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+        return snapshot_download(
+            pretrained_model_name,
+            allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"],
+            **{name: kwargs[name] for name in known if kwargs.get(name) is not None},
+        )
+
     @torch.no_grad()
     def __call__(
         self,
@@ -239,7 +254,9 @@ class MiMDiTPipeline(DiffusionPipeline, SD3LoraLoaderMixin):
             self._prompt("prompt", "positive", prompt),
             self._prompt("negative_prompt", "negative", negative),
         ]
-        if all(torch.equal(p, n) for p, n in zip(*branches, strict=True)):
+        if all(
+            torch.equal(p.float().cpu(), n.float().cpu()) for p, n in zip(*branches, strict=True)
+        ):
             raise ValueError(
                 "guidance_scale: expected 1, as the positive and the negative prompt are equal; "
                 f"got {scale:g}"
@@ -250,6 +267,8 @@ class MiMDiTPipeline(DiffusionPipeline, SD3LoraLoaderMixin):
         """Embeddings [1,T,C] and [1,P] of a caption, or else the stored ones of this name."""
         model = self.transformer
         if text is not None:
+            if not isinstance(text, str):
+                raise ValueError(f"{argument}: expected one text for all pictures, got {text!r}")
             if self.text_encoder is None:
                 raise ValueError(f"{argument}: expected none, this pipeline has no text encoders")
             parts = {key: getattr(self, key) for key in TEXT_COMPONENTS}

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from mimdit.pipeline import MiMDiTPipeline
 from mimdit.text import TEXT_COMPONENTS, encode_text
@@ -75,11 +75,15 @@ def from_sd35(
             config = cast(
                 dict[str, Any], SD3Transformer2DModel.load_config(source, subfolder="transformer")
             )
+            if (found := config.get("_class_name")) != "SD3Transformer2DModel":
+                raise ValueError(f"{source}: expected an SD3Transformer2DModel, got {found}")
         # Before anything large is loaded: wrong options fail here.
         with torch.device("meta"):
             layout = MiMDiTTransformer2DModel.from_config(config, **options)
         text_source = text_encoders or (None if file else source)
         text = _load_text_encoders(text_source, dtype) if text_source else {}
+        if text_encoders and not text:
+            raise ValueError(f"{text_encoders} holds no text encoders of SD3.5")
         prompts: dict[str, Any] = {"prompts": ("empty",)}
         if text:
             texts = ["", positive, negative]
@@ -98,9 +102,7 @@ def from_sd35(
         kept = text if keep_text_encoders else {}
         del text
         if file:
-            backbone = SD3Transformer2DModel.from_single_file(
-                str(source), config=f"{folder}/transformer", dtype=dtype
-            )
+            backbone = _load_file(SD3Transformer2DModel, source, f"{folder}/transformer", dtype)
             codec = _single_file_vae(str(source), vae, f"{folder}/vae", dtype)
             scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
         else:
@@ -128,9 +130,6 @@ def _check_folder(source: str | Path, vae: str | Path | None) -> None:
         raise ValueError(
             f"{folder} is not an SD3.5 folder in diffusers layout: {', '.join(missing)} missing"
         )
-    found = json.loads((folder / needed[0]).read_text()).get("_class_name")
-    if found != "SD3Transformer2DModel":
-        raise ValueError(f"{folder}: expected the backbone SD3Transformer2DModel, got {found}")
 
 
 def _load(kind: Any, source: str | Path, subfolder: str, dtype: torch.dtype) -> Any:
@@ -183,18 +182,33 @@ def _single_file_vae(
     with safe_open(file, "pt") as tensors:
         if not any(name.startswith("first_stage_model.") for name in tensors.keys()):  # noqa: SIM118
             raise ValueError(f"{file} holds no VAE; name a folder that has one with vae (--vae)")
-    return AutoencoderKL.from_single_file(file, config=config, dtype=dtype)
+    return _load_file(AutoencoderKL, file, config, dtype)
+
+
+def _load_file(kind: Any, file: str | Path, config: str, dtype: torch.dtype) -> Any:
+    try:
+        return kind.from_single_file(str(file), config=config, dtype=dtype)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"{file}: the {kind.__name__} cannot be loaded: {first}") from error
 
 
 def _write_configs(file: Path, folder: Path) -> dict[str, Any]:
     """Diffusers configurations for a file of original SD3.5 tensors, read off their shapes."""
     if file.suffix != ".safetensors":
         raise ValueError(f"{file}: expected a folder or a .safetensors file")
-    with safe_open(file, "pt") as tensors:
-        shapes = {
-            name.removeprefix("model.diffusion_model."): tensors.get_slice(name).get_shape()
-            for name in tensors.keys()  # noqa: SIM118
-        }
+    try:
+        with safe_open(file, "pt") as tensors:
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+            types = {part.get_dtype() for part in slices.values()}
+            shapes = {
+                name.removeprefix("model.diffusion_model."): part.get_shape()
+                for name, part in slices.items()
+            }
+    except SafetensorError as error:
+        raise ValueError(f"{file} is broken or incomplete: {error}") from error
+    if unknown := types - {"F32", "F16", "BF16"}:
+        raise ValueError(f"{file}: expected fp32, bf16 or fp16 weights, got {', '.join(unknown)}")
     try:
         width, channels, patch, _ = shapes["x_embedder.proj.weight"]
         blocks = {int(name.split(".")[1]) for name in shapes if name.startswith("joint_blocks.")}

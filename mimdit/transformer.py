@@ -151,9 +151,15 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
         with torch.device("meta"):
             model = cls(**(known | stored | options))
         model.load_state_dict(backbone.state_dict(), strict=False, assign=True)
-        with torch.random.fork_rng(devices=[]), default_dtype(backbone.dtype):
-            torch.manual_seed(seed)
+        state = torch.default_generator.get_state()
+        torch.default_generator.manual_seed(seed)
+        with default_dtype(backbone.dtype):
             model.mim = MiM(**model.mim.settings)
+        torch.default_generator.set_state(state)
+        for name in ("inter_router", "intra_router", "running_mean", "running_steps"):
+            # They decide discretely, and move in small steps.
+            tensor = getattr(model.mim, name)
+            tensor.data = tensor.data.float()
         for name, value in (
             ("prompt_embeds", prompt_embeds),
             ("pooled_prompt_embeds", pooled_prompt_embeds),
@@ -291,13 +297,13 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
         """
         generator = torch.Generator().manual_seed(seed)
         for name, tensor in self.mim.named_parameters():
-            noise = torch.randn(tensor.shape, generator=generator).to(tensor)
+            noise = torch.randn(tensor.shape, generator=generator, device="cpu").to(tensor)
             if name == "zero_weight":
                 tensor.copy_(noise * tensor.shape[-1] ** -0.5)
             elif name.endswith("_router"):
                 tensor.copy_(noise * 0.5)
             elif name.endswith(("bias", "table", "norm_weight", "temperature")):
                 tensor.add_(noise * 0.1)
-        noise = torch.randn(self.mim.running_mean.shape, generator=generator)
+        noise = torch.randn(self.mim.running_mean.shape, generator=generator, device="cpu")
         self.mim.running_mean.copy_(noise * 0.1)
         return self

@@ -52,6 +52,8 @@ class Compiled:
         """Why this must not ship, or nothing."""
         if self.shared > SHARED_MEMORY[self.architecture]:
             return f"shared memory over {SHARED_MEMORY[self.architecture]}"
+        if self.stack is None and not self.architecture.startswith("gfx"):
+            return "registers unknown, no cuobjdump"
         return "spills" if self.stack else ""
 
 

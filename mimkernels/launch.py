@@ -1,7 +1,7 @@
 """How kernels are launched, or recorded instead of launched."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +27,11 @@ def launch(kernel: Any, grid: Sequence[int], *arguments: Any, **options: Any) ->
     if _recorded is not None:
         _recorded.append(Launch(kernel, tuple(grid), arguments, options))
         return
-    # Explicit, as the default changes between versions of Triton.
-    kernel[tuple(grid)](*arguments, **options, enable_fp_fusion=True)
+    device = next(x.device for x in arguments if isinstance(x, torch.Tensor))
+    # Triton launches on the current GPU, whichever holds the tensors.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        # Explicit, as the default changes between versions of Triton.
+        kernel[tuple(grid)](*arguments, **options, enable_fp_fusion=True)
 
 
 @contextmanager
@@ -49,5 +52,5 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
 
 def precision(dtype: torch.dtype) -> str:
     """`tl.dot` on float32 follows torch's own switch for float32 products."""
-    relaxed = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-    return "tf32" if relaxed else "ieee"
+    relaxed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if relaxed and dtype == torch.float32 else "ieee"

@@ -79,8 +79,11 @@ def architecture(device: torch.device) -> str:
 @cache
 def _of_gpu(device: int) -> str:
     if torch.version.hip is not None:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+        found = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+        return found if found in SHARED_MEMORY else "gfx942"
     major, minor = torch.cuda.get_device_capability(device)
-    found = f"sm_{major}{minor}"
-    # A newer member of a family runs the tiles of its eldest.
-    return found if found in SHARED_MEMORY else f"sm_{major}0" if major >= 10 else "sm_80"
+    # A newer member of a family runs the tiles of its eldest, a stranger the smallest.
+    for found in (f"sm_{major}{minor}", f"sm_{major}0" if major >= 10 else ""):
+        if found in SHARED_MEMORY:
+            return found
+    return "sm_86"

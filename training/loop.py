@@ -40,7 +40,7 @@ class Settings:
     ema: float = 0.995
     t_mean: float = 0.5
     t_std: float = 1.2
-    pure_noise: float = 0.5
+    pure_noise: float = 0.75
     balance: float = 0.0
     mixtures: float = 0.25
     accumulation: int = 1
@@ -78,11 +78,13 @@ def flow_loss(
     v = model(x_t, 1000 * t, condition).sample
     error = (v.float() - (noise - x0)).square().mean(dim=(1, 2, 3))
     weight = flow.loss_weight(model.config["prediction_type"], t, model.config["damage_std"])
-    # By the expected error of a zero output, so that darkness and haze do not drown noise and rain.
-    scale = model.config["damage_std"] ** -2
-    damage = scale * (x0 - z_lq).square().mean(dim=(1, 2, 3))
-    near, far = (1 - t) ** 2, scale * t**2
-    weight = weight / (0.05 + (near + far * damage) / (near + far))
+    if model.config["prediction_type"] == "residual":
+        # By (nearly) the expected error of a zero output: else darkness and haze drown noise and
+        # rain.
+        scale = model.config["damage_std"] ** -2
+        damage = scale * (x0 - z_lq).square().mean(dim=(1, 2, 3))
+        near, far = (1 - t) ** 2, scale * t**2
+        weight = weight / (0.05 + (near + far * damage) / (near + far)) ** 0.75
     routing = condition.routing
     picks = torch.nn.functional.one_hot(routing.index, model.mim.experts).sum(-2)
     return (weight * error).mean(), routing.inter, picks

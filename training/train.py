@@ -1,4 +1,4 @@
-"""Train a model from scratch, or go on with a run.
+"""Train a model from scratch, or from a folder such as `mimdit-init` makes; or go on with a run.
 
 `python -m training.train --preset tiny --output runs/tiny`, in one process. With no `--data`, clean
 pictures are procedural ones and the photographs that come with scikit-image and scikit-learn.
@@ -44,7 +44,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--mixed-precision", default=d.mixed_precision, choices=["no", "bf16"])
     p.add_argument("--checkpointing-steps", type=int, default=d.checkpointing_steps)
     p.add_argument("--resume-from-checkpoint", help="a checkpoint folder, or 'latest'")
-    p.add_argument("--init", help="a model folder whose weights to start from")
+    p.add_argument("--init", help="a model folder to start from, such as mimdit-init's")
+    p.add_argument("--freeze-backbone", action="store_true", help="train only the mixtures")
     p.add_argument("--dataloader-num-workers", type=int, default=d.workers)
     p.add_argument("--seed", type=int, default=d.seed)
     p.add_argument("--inference-steps", type=int, default=1, help="what the model recommends")
@@ -78,6 +79,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         workers=args.dataloader_num_workers,
         data=args.data,
         mixed_precision=args.mixed_precision,
+        train_backbone=not args.freeze_backbone,
     )
 
 
@@ -108,12 +110,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     torch.manual_seed(settings.seed)
     if args.init:
-        model = MiMDiTPipeline.from_pretrained(args.init).transformer
+        pipe = MiMDiTPipeline.from_pretrained(args.init)
     else:
         model = align_positions_(build(args.preset))
+        pipe = assemble(model, args.inference_steps, args.inference_shifts)
+    model = pipe.transformer
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    pipe = assemble(model, args.inference_steps, args.inference_shifts)
     try:
         train(model, pipe.vae, settings, args.resume_from_checkpoint)
     except ValueError as error:

@@ -39,7 +39,8 @@ def expert_combine(
         backend: see `mimkernels.backend`.
 
     Returns:
-        [B,T,N] in the type of x; all sums in float32.
+        [B,T,N] in the type of x; up to four groups are summed in one float32 accumulator, more in
+        parts that are rounded to the type of x between them.
 
     Raises:
         ValueError: shapes, types, devices or strides that do not fit; on the CPU also an index
@@ -48,7 +49,7 @@ def expert_combine(
     x, weight, gate, bias, residual = autocast(x, weight, gate, bias, residual)
     groups = [_sequence(v) for v in (x, weight, index, gate)]
     count = len(groups[0])
-    biases = [bias] * count if bias is None or isinstance(bias, Tensor) else list(bias)
+    biases = [None] * count if bias is None else _sequence(bias)
     for name, some in zip(("weight", "index", "gate", "bias"), (*groups[1:], biases), strict=True):
         if len(some) != count or not count:
             raise ValueError(f"{name}: expected {max(count, 1)} groups as x, got {len(some)}")
@@ -66,7 +67,7 @@ def expert_combine(
     return _ExpertCombine.apply(count, residual, *flat)
 
 
-def _sequence(v: Tensors) -> list[Tensor]:
+def _sequence(v: Any) -> list[Any]:
     return [v] if isinstance(v, Tensor) else list(v)
 
 
@@ -95,6 +96,7 @@ def _check(
     if bias is not None:
         check_shape("bias", bias, weight.shape[:2])
         check_like("bias", bias, "x", x)
+        check_float("bias", bias)
 
 
 class _ExpertCombine(torch.autograd.Function):
@@ -117,9 +119,11 @@ class _ExpertCombine(torch.autograd.Function):
             *(flat[i * count : (i + 1) * count] for i in range(5)), strict=True
         ):
             dx, dgate = _backward_input(grad, x, weight, index, gate)
-            dweight, dbias = _backward_weight(
-                x, grad, index, gate, weight.shape[0], bias is not None
-            )
+            dweight = dbias = None
+            if weight.requires_grad or (bias is not None and bias.requires_grad):
+                dweight, dbias = _backward_weight(
+                    x, grad, index, gate, weight.shape[0], bias is not None
+                )
             if bias is not None:
                 sums = grad.sum(1, dtype=torch.promote_types(grad.dtype, torch.float32))
                 dgate = dgate + torch.einsum("bn,bsn->bs", sums, bias[index].to(sums)).to(dgate)

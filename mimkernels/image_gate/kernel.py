@@ -98,8 +98,9 @@ def gate_kernel(
     if HAS_BIAS:
         logits += tl.load(bias + row, mask=m_r, other=0.0).to(ACCUMULATOR)
     # `max` and `argmax` may drop NaN: picks are made without, the weights keep it.
-    broken = tl.sum(tl.where(m_r & (logits != logits), 1, 0), axis=0) > 0
-    logits = tl.where(m_r, tl.where(logits == logits, logits, 0.0), float("-inf"))
+    finite = (logits == logits) & (tl.abs(logits) != float("inf"))
+    broken = tl.sum(tl.where(m_r & (finite == 0), 1, 0), axis=0) > 0
+    logits = tl.where(m_r, tl.where(finite, logits, 0.0), float("-inf"))
     p = tl.exp(logits - tl.max(logits, axis=0))
     p = p / tl.sum(p, axis=0)
     if i_g == 0:

@@ -34,7 +34,9 @@ def gate_reference(
     renormalize: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same from the mean tokens [L,B,C]."""
-    logits = torch.einsum("lbc,lrc->lbr", mean, weight.to(mean.dtype))
+    # Picks are discrete: autocast must not round what they rest on.
+    with torch.autocast(mean.device.type, enabled=False):
+        logits = torch.einsum("lbc,lrc->lbr", mean, weight.to(mean.dtype))
     if bias is not None:
         logits = logits + bias.to(mean.dtype).unsqueeze(1)
     inter = logits[..., :groups].softmax(-1)

@@ -1,5 +1,8 @@
 """`expert_linear` in Triton's interpreter against its reference."""
 
+import os
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -79,7 +82,7 @@ def test_gradcheck(shared: bool) -> None:
 def test_strided_input_and_expanded_gradient() -> None:
     x, weight, index, _ = inputs(2, 2, 8, 16, 12, dtype=torch.float64)
     wide = torch.randn(2, 3, 8, 32, dtype=torch.float64)[:, 1, :, :16]
-    for v in (wide, x.expand(2, 8, 16)):
+    for v in (wide, x[:1].expand(2, 8, 16), x[:, :1].expand(2, 8, 16)):
         v = v.detach().requires_grad_()
         grads = [
             torch.autograd.grad(run(v, weight, index).sum(), v)[0]
@@ -154,6 +157,22 @@ def test_bad_arguments() -> None:
             expert_linear(*args)
     with pytest.raises(ValueError, match="backend: expected one of"):
         expert_linear(x, weight, index, backend="cuda")
+
+
+def test_compiles_for_a_gpu_that_is_not_there() -> None:
+    """Compilation and the interpreter exclude each other in one process."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = ["--ops", "expert_linear", "--dtypes", "bf16", "--targets", "sm_90", "sm_86"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mimkernels.aot", *command],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()[1:]]
+    assert len(rows) == 6
+    assert {row[-1] for row in rows if row[3] == "sm_90"} == {"wgmma"}
 
 
 def test_choice_of_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:

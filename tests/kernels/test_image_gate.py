@@ -92,9 +92,18 @@ def test_not_a_number_is_not_hidden() -> None:
     x[1, 0, 3, 5] = float("nan")
     options = {"groups": 4, "experts": 4, "k": 2}
     for backend in ("triton", "torch"):
-        inter, intra, _ = image_gate(x, weight, bias, **options, backend=backend)
+        inter, intra, index = image_gate(x, weight, bias, **options, backend=backend)
+        assert index.min() >= 0 and index.max() < 4
         assert inter[1, 0].isnan().all() and intra[1, 0].isnan().all()
         assert inter[0].isfinite().all() and intra[2].isfinite().all()
+
+
+@pytest.mark.parametrize("experts", [1, 3])
+def test_picks_stay_in_range_whatever_the_logits(experts: int) -> None:
+    x, weight, bias = inputs(groups=4, experts=experts)
+    bias[0, 5], bias[1] = float("inf"), float("nan")
+    _, _, index = triton_gate(x, weight, bias, groups=4, experts=experts, k=experts)
+    assert index.min() >= 0 and index.max() < experts
 
 
 def test_one_layer_needs_no_layer_axis() -> None:

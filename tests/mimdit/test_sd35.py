@@ -101,7 +101,11 @@ def test_weights_are_taken_over_not_copied() -> None:
 def test_number_types(dtype: torch.dtype, tmp_path: Path) -> None:
     write_folder(tmp_path)
     pipe = quiet(tmp_path, dtype=dtype)
-    assert {p.dtype for p in pipe.transformer.parameters()} == {dtype}
+    found = {n: p.dtype for n, p in pipe.transformer.named_parameters()}
+    wide = {name for name, found_dtype in found.items() if found_dtype != dtype}
+    assert wide == {"mim.inter_router", "mim.intra_router"}
+    assert pipe.transformer.dtype == dtype
+    assert pipe.transformer.mim.running_mean.dtype == torch.float32
     assert {p.dtype for p in pipe.vae.parameters()} == {dtype}
 
 
@@ -155,6 +159,16 @@ def test_a_single_file_of_original_names(tmp_path: Path) -> None:
     assert_same_without_conditioning(pipe.transformer, theirs)
     with pytest.raises(ValueError, match="holds no VAE"):
         quiet(tmp_path / "sd35.safetensors")
+    whole = (tmp_path / "sd35.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="is broken or incomplete"):
+        from_sd35(tmp_path / "cut.safetensors")
+    eighth = {name: v.to(torch.float8_e4m3fn) for name, v in original_names(theirs).items()}
+    save_file(eighth, tmp_path / "fp8.safetensors")
+    with pytest.raises(ValueError, match="expected fp32, bf16 or fp16 weights"):
+        from_sd35(tmp_path / "fp8.safetensors")
+    with pytest.raises(ValueError, match="holds no text encoders"):
+        from_sd35(tmp_path / "sd35.safetensors", text_encoders=tmp_path / "sd35", **SMALL)
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="is not an SD3"):
         from_sd35(tmp_path / "other.safetensors")
@@ -179,7 +193,7 @@ def test_wrong_and_incomplete_folders(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="transformer cannot be loaded"):
         quiet(tmp_path / "a")
     config.write_text(json.dumps(changed | {"_class_name": "FluxTransformer2DModel"}))
-    with pytest.raises(ValueError, match="expected the backbone SD3Transformer2DModel"):
+    with pytest.raises(ValueError, match="expected an SD3Transformer2DModel, got Flux"):
         from_sd35(tmp_path / "a")
 
 
@@ -202,3 +216,19 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--backbone", str(tmp_path), "--out", str(out / "x")]) == 1
     assert "transformer/config.json" in capsys.readouterr().err
     assert not (tmp_path / "second").exists()
+
+
+def test_a_model_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The download itself is replaced by a local folder."""
+    write_folder(tmp_path / "sd35")
+    quiet(tmp_path / "sd35").save_pretrained(tmp_path / "ours")
+    asked = []
+
+    def snapshot(name: str, **options: object) -> str:
+        asked.append((name, options["revision"]))
+        return str(tmp_path / "ours")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    pipe = MiMDiTPipeline.from_pretrained("someone/model", revision="v2")
+    assert asked == [("someone/model", "v2")]
+    assert pipe.transformer.config["mim_dim"] == 64
