@@ -2,7 +2,7 @@
 
 Damages the four photographs that training never sees, restores them with several numbers of steps,
 and compares with the best classical method for the damage. Prints Markdown tables of PSNR and SSIM,
-and of the routing; rows with all figures go to a JSON-lines file, a before/after picture to a PNG.
+and of the routing; rows with all figures go to a JSON-lines file, a before/after picture to a file.
 """
 
 import argparse
@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=["bf16", "fp16", "fp32"])
     p.add_argument("--out", type=Path, help="JSON-lines file for all rows")
-    p.add_argument("--picture", type=Path, help="PNG file for a before/after picture")
+    p.add_argument("--picture", type=Path, help="file for a before/after picture")
     args = p.parse_args(argv)
     pipe = load_pipeline(args.model, args.device, args.precision)
     pipe.set_progress_bar_config(disable=True)

@@ -7,6 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+# The interpreter runs on the CPU, and only it has float64.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter's bfloat16 arithmetic is not the hardware's.
+DTYPES = (torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else []))
+interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="float64 needs the interpreter")
+
 # Error allowed beyond the eager reference's, relative to the oracle's largest value.
 FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 # A kernel may round twice as badly as the eager reference; gradients sum more terms.
@@ -19,9 +25,9 @@ def assert_as_exact_as_eager(
     """The kernel's error against float64 is at most `factor` times the eager reference's."""
     assert found.shape == oracle.shape
     assert found.dtype == eager.dtype
-    scale = oracle.abs().max().clamp(min=1e-30) if oracle.numel() else torch.ones(())
+    scale = oracle.detach().abs().max().clamp(min=1e-30) if oracle.numel() else 1.0
     error, eager_error = (
-        ((x.double() - oracle).abs().max() / scale).item() if x.numel() else 0.0
+        float((x.detach().double() - oracle.detach()).abs().max() / scale) if x.numel() else 0.0
         for x in (found, eager)
     )
     assert error <= factor * eager_error + FLOOR[found.dtype], (error, eager_error)
@@ -34,7 +40,7 @@ def with_gradients(
     leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
     out = run(*leaves)
     generator = torch.Generator().manual_seed(seed)
-    grad = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
+    grad = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
     wanted = [x for x in leaves if x.requires_grad]
     return out, list(torch.autograd.grad(out, wanted, grad))
 

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from mimkernels import expert_combine
 from mimkernels.expert_combine import expert_combine_reference
-from tests.kernels.common import compare, poisoned_memory, with_gradients
+from tests.kernels.common import (
+    DEVICE,
+    DTYPES,
+    compare,
+    interpreted,
+    poisoned_memory,
+    with_gradients,
+)
 
 
 def inputs(
@@ -34,7 +41,8 @@ def inputs(
             torch.rand(pictures, slots, generator=g).to(dtype),
         ]
         flat += [torch.randn(experts, columns, generator=g).to(dtype)] if bias else []
-    return [*flat, torch.randn(pictures, tokens, columns, generator=g).to(dtype)]
+    flat.append(torch.randn(pictures, tokens, columns, generator=g).to(dtype))
+    return [v.to(DEVICE) for v in flat]
 
 
 def run(op: Any, parts: int, *flat: Tensor) -> Tensor:
@@ -56,12 +64,17 @@ def test_forward_and_gradients(groups: int, monkeypatch: pytest.MonkeyPatch) -> 
         compare(triton_op, reference, inputs(groups))
 
 
-def test_half_precision_and_no_bias() -> None:
-    compare(triton_op, reference, inputs(dtype=torch.float16))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_number_types(dtype: torch.dtype) -> None:
+    compare(triton_op, reference, inputs(dtype=dtype))
+
+
+def test_no_bias() -> None:
     plain = [partial(run, op, 4) for op in (expert_combine, expert_combine_reference)]
     compare(*plain, inputs(bias=False))
 
 
+@interpreted
 @settings(max_examples=12, deadline=None)
 @given(
     groups=st.integers(1, 4),
@@ -73,6 +86,7 @@ def test_any_shape(groups: int, pictures: int, tokens: int, columns: int) -> Non
     compare(triton_op, reference, inputs(groups, pictures, tokens, columns, torch.float64))
 
 
+@interpreted
 def test_gradcheck() -> None:
     g = torch.Generator().manual_seed(0)
     shapes = [(1, 2, 2, 3), (3, 2, 3), (1, 2), (3, 2), (1, 2, 2)]
@@ -116,6 +130,7 @@ def test_operators_pass_opcheck_and_compile() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found[1], eager[1], strict=True))
 
 
+@interpreted
 def test_bad_arguments() -> None:
     x, weight, index, gate, bias, residual = inputs(1)
     with pytest.raises(ValueError, match="gate: expected 1 groups as x, got 2"):

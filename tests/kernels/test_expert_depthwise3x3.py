@@ -10,7 +10,14 @@ from torch import Tensor
 
 from mimkernels import expert_depthwise3x3
 from mimkernels.expert_depthwise3x3 import expert_depthwise3x3_reference
-from tests.kernels.common import compare, poisoned_memory, with_gradients
+from tests.kernels.common import (
+    DEVICE,
+    DTYPES,
+    compare,
+    interpreted,
+    poisoned_memory,
+    with_gradients,
+)
 
 triton_op = partial(expert_depthwise3x3, backend="triton")
 
@@ -25,18 +32,19 @@ def inputs(
 ) -> list[Tensor]:
     g = torch.Generator().manual_seed(0)
     return [
-        torch.randn(pictures, slots, height, width, channels, generator=g).to(dtype),
-        torch.randn(4, channels, 3, 3, generator=g).to(dtype),
-        torch.randint(4, (pictures, slots), generator=g),
+        torch.randn(pictures, slots, height, width, channels, generator=g).to(DEVICE, dtype),
+        torch.randn(4, channels, 3, 3, generator=g).to(DEVICE, dtype),
+        torch.randint(4, (pictures, slots), generator=g).to(DEVICE),
     ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_forward_and_gradients(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     with poisoned_memory(monkeypatch):
         compare(triton_op, expert_depthwise3x3_reference, inputs(dtype=dtype))
 
 
+@interpreted
 @settings(max_examples=5, deadline=None)
 @given(
     pictures=st.integers(0, 2),
@@ -50,12 +58,14 @@ def test_any_shape(pictures: int, slots: int, height: int, width: int, channels:
     compare(triton_op, expert_depthwise3x3_reference, args)
 
 
+@interpreted
 def test_gradcheck() -> None:
     x, weight, index = inputs(1, 2, 2, 2, 2, torch.float64)
     leaves = [v.requires_grad_() for v in (x, weight)]
     assert torch.autograd.gradcheck(lambda x, weight: triton_op(x, weight, index), leaves)
 
 
+@interpreted
 def test_strided_input_expanded_gradient_and_repeated_runs() -> None:
     x, weight, index = inputs(dtype=torch.float64)
     wide = torch.randn(2, 2, 7, 5, 140, dtype=torch.float64)[..., 70:].requires_grad_()
@@ -79,6 +89,7 @@ def test_operators_pass_opcheck_and_compile() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found[1], eager[1], strict=True))
 
 
+@interpreted
 def test_bad_arguments() -> None:
     x, weight, index = inputs()
     with pytest.raises(ValueError, match="weight: expected shape"):

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from mimkernels import image_gate
 from mimkernels.image_gate import image_gate_reference
-from tests.kernels.common import FLOOR, poisoned_memory
+from tests.kernels.common import (
+    DEVICE,
+    DTYPES,
+    FLOOR,
+    interpreted,
+    poisoned_memory,
+)
 
 triton_gate = partial(image_gate, backend="triton")
 
@@ -26,12 +32,11 @@ def inputs(
 ) -> list[Tensor]:
     g = torch.Generator().manual_seed(0)
     routers = groups + groups * experts
-    return [
-        torch.randn(layers, pictures, tokens, channels, generator=g).to(dtype)
-        + torch.randn(layers, pictures, 1, channels, generator=g).to(dtype),
-        (torch.randn(layers, routers, channels, generator=g) * 0.2).to(dtype),
-        torch.randn(layers, routers, generator=g).to(dtype),
-    ]
+    shift = torch.randn(layers, pictures, 1, channels, generator=g)
+    x = torch.randn(layers, pictures, tokens, channels, generator=g) + shift
+    weight = torch.randn(layers, routers, channels, generator=g) * 0.2
+    bias = torch.randn(layers, routers, generator=g)
+    return [v.to(DEVICE, dtype) for v in (x, weight, bias)]
 
 
 def check(args: list[Tensor], groups: int, experts: int, k: int, renormalize: bool) -> None:
@@ -46,7 +51,7 @@ def check(args: list[Tensor], groups: int, experts: int, k: int, renormalize: bo
     torch.testing.assert_close(intra.double(), wanted[1], rtol=0, atol=floor)
     assert torch.equal(index, wanted[2])
     g = torch.Generator().manual_seed(1)
-    outer = [torch.randn(v.shape, generator=g, dtype=torch.float64) for v in wanted[:2]]
+    outer = [torch.randn(v.shape, generator=g, dtype=torch.float64).to(v) for v in wanted[:2]]
     found = torch.autograd.grad([inter, intra], leaves, [v.to(inter.dtype) for v in outer])
     oracle = torch.autograd.grad(wanted[:2], exact, outer)
     for a, b in zip(found, oracle, strict=True):
@@ -56,7 +61,7 @@ def check(args: list[Tensor], groups: int, experts: int, k: int, renormalize: bo
 
 
 @pytest.mark.parametrize("renormalize", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_forward_and_gradients(
     dtype: torch.dtype, renormalize: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,6 +69,7 @@ def test_forward_and_gradients(
         check(inputs(dtype=dtype), 4, 4, 2, renormalize)
 
 
+@interpreted
 @settings(max_examples=12, deadline=None)
 @given(
     sizes=st.tuples(st.integers(1, 2), st.integers(0, 3), st.integers(1, 70), st.integers(1, 140)),
@@ -80,10 +86,10 @@ def test_any_shape(
 
 
 def test_ties_go_to_the_lowest_index() -> None:
-    x = torch.randn(2, 5, 8)
-    weight = torch.zeros(4 + 16, 8)
+    x = torch.randn(2, 5, 8, device=DEVICE)
+    weight = x.new_zeros(4 + 16, 8)
     inter, intra, index = triton_gate(x, weight, groups=4, experts=4, k=3)
-    assert torch.equal(index, torch.tensor([0, 1, 2], dtype=torch.int32).expand(2, 4, 3))
+    assert torch.equal(index.cpu(), torch.tensor([0, 1, 2], dtype=torch.int32).expand(2, 4, 3))
     assert (inter == 0.25).all() and (intra == 0.25).all()
 
 
@@ -112,7 +118,7 @@ def test_one_layer_needs_no_layer_axis() -> None:
     whole = triton_gate(x, weight, bias, **options)
     one = triton_gate(x[1], weight[1], bias[1], **options)
     assert all(torch.equal(a[1], b) for a, b in zip(whole, one, strict=True))
-    wide = torch.randn(3, 2, 77, 140)[..., :70]
+    wide = torch.randn(3, 2, 77, 140, device=DEVICE)[..., :70]
     strided = triton_gate(wide, weight, bias, **options)
     dense = triton_gate(wide.contiguous(), weight, bias, **options)
     assert all(torch.equal(a, b) for a, b in zip(strided, dense, strict=True))
@@ -134,6 +140,7 @@ def test_operator_passes_opcheck_and_compiles() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+@interpreted
 def test_bad_arguments() -> None:
     x, weight, bias = inputs()
     options = {"groups": 4, "experts": 4, "k": 2}
