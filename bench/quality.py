@@ -196,9 +196,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(rows) + "\n\n" + routing_report(rows, pipe.transformer.config["groups"]))
     if args.picture:
         single = [damage for damage in args.damages if "+" not in damage]
-        before_after(pipe, single or args.damages, args.size, pipe.config["default_steps"]).save(
-            args.picture
-        )
+        sheet = before_after(pipe, single or args.damages, args.size, pipe.config["default_steps"])
+        sheet.save(args.picture, quality=90)
     return 0
 
 

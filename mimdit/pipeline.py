@@ -9,7 +9,6 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.loaders import SD3LoraLoaderMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -22,6 +21,12 @@ from mimdit.sampling import SHIFTS, Denoiser, grid_places
 from mimdit.text import TEXT_COMPONENTS, encode_text
 from mimdit.tiling import Tiling, plan_tiles, reflect_pad
 from mimdit.transformer import MiMDiTTransformer2DModel
+
+try:
+    from diffusers.loaders import SD3LoraLoaderMixin
+except ImportError:
+    # Diffusers has it only beside transformers, which restoring does without.
+    SD3LoraLoaderMixin = object
 
 Callback = Callable[["MiMDiTPipeline", int, Tensor, dict[str, Any]], dict[str, Any]]
 
@@ -37,7 +42,10 @@ class MiMDiTPipelineOutput(BaseOutput):
     routing: Routing
 
 
-class MiMDiTPipeline(DiffusionPipeline, SD3LoraLoaderMixin):
+class MiMDiTPipeline(
+    DiffusionPipeline,
+    SD3LoraLoaderMixin,  # pyright: ignore[reportGeneralTypeIssues]
+):
     """Restores pictures with a MiM-DiT (arXiv 2603.02710).
 
     Args:
