@@ -46,7 +46,8 @@ def matrix_tile(
     side = 128 if itemsize == 2 else 64
     # No tile much larger than the output; 16 is the least that matrix instructions take.
     m, n = (max(16, min(side, 1 << (size - 1).bit_length())) for size in (rows, columns))
-    inner = 64 if itemsize == 2 and large else 32
+    # Only wgmma and tcgen05 read both operands from shared memory, not from registers.
+    inner = 64 if itemsize == 2 and architecture in ("sm_90", "sm_100") else 32
     stages = 2 if architecture == "gfx942" else 4 if large and itemsize == 2 else 3
     if itemsize >= 4 and accumulators > 1:
         # Without tensor cores the operands sit in registers, too: more of them spills.
