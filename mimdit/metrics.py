@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mimdit.errors import first_line
+
 # Of pyiqa, those that need no downloaded weights; the last two need no original.
 OFFLINE = ("ms_ssim", "vif", "gmsd", "fsim", "nlpd", "cw_ssim", "piqe", "entropy")
 _LUMA = (0.299, 0.587, 0.114)
@@ -60,8 +62,7 @@ def scorer(names: Sequence[str] = OFFLINE, device: str = "cpu") -> Callable[...,
             metrics[name] = pyiqa.create_metric(name, device=torch.device(device))
         # Weights that cannot be downloaded, packages that are not there: many kinds of error.
         except Exception as error:
-            lines = str(error).strip().splitlines()
-            missing[name] = lines[0] if lines else type(error).__name__
+            missing[name] = first_line(error)
 
     def score(restored: Tensor, clean: Tensor) -> dict[str, float]:
         found = {"psnr": psnr(restored, clean), "ssim": ssim(restored, clean)}

@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from safetensors import SafetensorError, safe_open
 
+from mimdit.errors import first_line
 from mimdit.pipeline import MiMDiTPipeline
 from mimdit.text import TEXT_COMPONENTS, encode_text
 from mimdit.transformer import MiMDiTTransformer2DModel
@@ -144,8 +145,7 @@ def _load(kind: Any, source: str | Path, subfolder: str, dtype: torch.dtype) -> 
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"{source}: {subfolder} cannot be loaded: {first}") from error
+        raise ValueError(f"{source}: {subfolder} cannot be loaded: {first_line(error)}") from error
     if info["missing_keys"] or info["mismatched_keys"]:
         count = len(info["missing_keys"]) + len(info["mismatched_keys"])
         raise ValueError(f"{source}: {subfolder} is incomplete, {count} tensors do not fit")
@@ -169,8 +169,9 @@ def _load_text_encoders(source: str | Path, dtype: torch.dtype) -> dict[str, Any
     except ImportError as error:
         raise ValueError("text encoders need: pip install 'mimdit[sd35]'") from error
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"{source}: the text encoders cannot be loaded: {first}") from error
+        raise ValueError(
+            f"{source}: the text encoders cannot be loaded: {first_line(error)}"
+        ) from error
     return {name: getattr(pipe, name) for name in TEXT_COMPONENTS}
 
 
@@ -189,8 +190,9 @@ def _load_file(kind: Any, file: str | Path, config: str, dtype: torch.dtype) -> 
     try:
         return kind.from_single_file(str(file), config=config, dtype=dtype)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"{file}: the {kind.__name__} cannot be loaded: {first}") from error
+        raise ValueError(
+            f"{file}: the {kind.__name__} cannot be loaded: {first_line(error)}"
+        ) from error
 
 
 def _write_configs(file: Path, folder: Path) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import triton.language as tl
 
+from mimkernels.tiles import Tile
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -48,6 +50,19 @@ def record() -> Iterator[list[Launch]]:
 def accumulator(dtype: torch.dtype) -> tl.dtype:
     """Sums are float32; float64 (the interpreter's tests) stays."""
     return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def matrix_options(tile: Tile, dtype: torch.dtype) -> dict[str, Any]:
+    """Constants and options of a matrix kernel with this tile on operands of this type."""
+    return {
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "INNER": tile.inner,
+        "PRECISION": precision(dtype),
+        "ACCUMULATOR": accumulator(dtype),
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
 
 
 def precision(dtype: torch.dtype) -> str:

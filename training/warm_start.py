@@ -34,10 +34,11 @@ def align_positions_(model: MiMDiTTransformer2DModel) -> MiMDiTTransformer2DMode
     width, head = model.inner_dim, model.config["attention_head_dim"]
     places = _position_channels(width, head)
     content = torch.tensor([i for i in range(width) if i not in set(places.tolist())])
-    _embed_patches(model, content)
+    directions = _quiet_directions(model, content)
+    _embed_patches(model, content, directions)
     for layer, module in enumerate(model.transformer_blocks):
         block = cast(JointTransformerBlock, module)
-        _align_mim(model, layer, places[::2], content)
+        _align_mim(model, layer, places[::2], content, directions)
         _align_attention(block.attn, head, places)
         for norm in (block.norm1, block.norm1_context):
             torch.nn.init.normal_(norm.linear.weight, std=0.01)
@@ -67,7 +68,7 @@ def _quiet_directions(model: MiMDiTTransformer2DModel, content: Tensor) -> Tenso
     return moved.flip(0)
 
 
-def _embed_patches(model: MiMDiTTransformer2DModel, content: Tensor) -> None:
+def _embed_patches(model: MiMDiTTransformer2DModel, content: Tensor, directions: Tensor) -> None:
     """Cosine coefficients of a patch, low frequencies first, along the quietest directions.
 
     Pictures have amplitudes that fall as 1/frequency; gains that rise with it even them out.
@@ -86,7 +87,7 @@ def _embed_patches(model: MiMDiTTransformer2DModel, content: Tensor) -> None:
         basis, "n c (y f) (x g) -> n (c f g) y x", f=factor, g=factor, y=patch, x=patch
     )
     kept = min(len(content), len(basis))
-    flat = _quiet_directions(model, content)[:kept].T @ basis[:kept].flatten(1)
+    flat = directions[:kept].T @ basis[:kept].flatten(1)
     weight.zero_()
     weight[content] = flat.view(len(content), *weight.shape[1:])
     assert model.pos_embed.proj.bias is not None
@@ -94,7 +95,7 @@ def _embed_patches(model: MiMDiTTransformer2DModel, content: Tensor) -> None:
 
 
 def _align_mim(
-    model: MiMDiTTransformer2DModel, layer: int, places: Tensor, content: Tensor
+    model: MiMDiTTransformer2DModel, layer: int, places: Tensor, content: Tensor, directions: Tensor
 ) -> None:
     mim = model.mim
     down = torch.zeros_like(mim.down_weight[layer])
@@ -102,7 +103,7 @@ def _align_mim(
     down[torch.arange(len(kept)), kept] = 1
     room = len(down) - len(kept)
     taken = torch.arange(layer * room, (layer + 1) * room) % len(content)
-    down[len(kept) :, content] = _quiet_directions(model, content)[taken]
+    down[len(kept) :, content] = directions[taken]
     mim.down_weight[layer] = down
     mim.zero_weight[layer] = down.T
     for bank in mim.banks:

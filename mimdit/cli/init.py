@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from mimdit.errors import first_line
+
 _CARD = """---
 library_name: diffusers
 pipeline_tag: image-to-image
@@ -77,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if args.debug:
             raise
-        print(f"mimdit-init: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        print(f"mimdit-init: {first_line(error)}", file=sys.stderr)
         return 1
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mimdit.cli.arguments import build_parser
+from mimdit.errors import first_line
 from mimdit.image_io import (
     READ_SUFFIXES,
     WRITE_FORMATS,
@@ -243,7 +244,7 @@ def _load(args: argparse.Namespace) -> Any:
     except Exception as error:
         if args.debug:
             traceback.print_exc()
-        raise StopError(f"cannot load the model {args.model!r}: {_first_line(error)}") from error
+        raise StopError(f"cannot load the model {args.model!r}: {first_line(error)}") from error
 
 
 def _pick_device(wanted: str) -> str:
@@ -263,12 +264,7 @@ def _sentence(source: Path, error: Exception) -> str:
         return text if text.startswith(f"{source}:") else f"{source}: {text}"
     if type(error).__name__ == "OutOfMemoryError":
         return f"{source}: out of memory; use smaller tiles (-t 512) or --batch-size 1"
-    return f"{source}: {_first_line(error)}"
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    return f"{source}: {first_line(error)}"
 
 
 def _print_summary(

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mimkernels.jit import multiply
-from mimkernels.launch import accumulator, launch, precision
+from mimkernels.launch import launch, matrix_options
 from mimkernels.tiles import architecture, matrix_tile
 
 # Groups in one launch; more are added launch by launch.
@@ -258,13 +258,7 @@ def forward(
             HAS_RESIDUAL=residual is not None,
             **{f"BIAS{i}": i < len(some) and some[i][2] is not None for i in range(GROUPS)},
             COUNT=len(some),
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            INNER=tile.inner,
-            PRECISION=precision(out.dtype),
-            ACCUMULATOR=accumulator(out.dtype),
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            **matrix_options(tile, out.dtype),
         )
         # A tile reads of the residual only what it writes.
         residual = out
@@ -281,7 +275,7 @@ def backward_input(
         return dx, x.new_zeros(pictures, slots)
     tile = matrix_tile(architecture(x.device), x.element_size(), tokens, inner)
     tiles = triton.cdiv(tokens, tile.rows) * triton.cdiv(inner, tile.columns)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(x.dtype, torch.float32)
     dgate = x.new_empty(pictures * slots, tiles, dtype=wide)
     launch(
         input_kernel,
@@ -299,13 +293,7 @@ def backward_input(
         inner,
         *grad.stride()[:2],
         *x.stride()[:3],
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        INNER=tile.inner,
-        PRECISION=precision(x.dtype),
-        ACCUMULATOR=accumulator(x.dtype),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **matrix_options(tile, x.dtype),
     )
     return dx, dgate.sum(1).view(pictures, slots).to(x.dtype)
 

@@ -148,7 +148,7 @@ def forward(x: Tensor, weight: Tensor, index: Tensor, flip: bool) -> Tensor:
 def backward_weight(x: Tensor, grad: Tensor, index: Tensor, experts: int) -> Tensor:
     """x and grad [B,k,H,W,C] → dW [E,C,3,3]."""
     _, slots, height, width, channels = x.shape
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(x.dtype, torch.float32)
     # Enough programs to fill a GPU, and few enough parts to add up.
     count = max(1, min(triton.cdiv(height * width, _PIXELS), 64))
     share = triton.cdiv(height * width, count)

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mimkernels.jit import multiply
-from mimkernels.launch import accumulator, launch, precision
+from mimkernels.launch import launch, matrix_options
 from mimkernels.tiles import Tile, architecture, matrix_tile
 
 
@@ -178,13 +178,7 @@ def forward(x: Tensor, weight: Tensor, index: Tensor, bias: Tensor | None) -> Te
         *weight.stride(),
         bias.stride(0) if bias is not None else 0,
         HAS_BIAS=bias is not None,
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        INNER=tile.inner,
-        PRECISION=precision(x.dtype),
-        ACCUMULATOR=accumulator(x.dtype),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **matrix_options(tile, x.dtype),
     )
     return out
 
@@ -231,13 +225,7 @@ def backward_weight(
         grad.stride(2),
         HAS_GATE=gate is not None,
         HAS_BIAS=with_bias,
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        INNER=tile.inner,
-        PRECISION=precision(x.dtype),
-        ACCUMULATOR=accumulator(x.dtype),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **matrix_options(tile, x.dtype),
     )
     return dweight, dbias
 

@@ -138,7 +138,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """inter [L,B,G], intra and index [L,B,G,k], and the mean token [L,B,C] for backward."""
     layers, pictures, tokens, channels = x.shape
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(x.dtype, torch.float32)
     inter = x.new_empty(layers, pictures, groups, dtype=wide)
     intra = x.new_empty(layers, pictures, groups, k, dtype=wide)
     index = x.new_empty(layers, pictures, groups, k, dtype=torch.int32)
