@@ -43,13 +43,13 @@ class Variant:
     def picture(self, x: Tensor, z: Tensor, steps: int) -> Tensor:
         """Euler steps of equal length from noise x to a latent; both [B,c,h,w].
 
-        Raw outputs stand in for velocities: the arithmetic between steps is the same.
+        Raw outputs (their first c channels) stand in for velocities.
         """
         condition = self.encode(z) if self.cached else None
         for i in range(steps):
             t = x.new_full((len(x),), 1000 * (1 - i / steps))
             given = condition if condition is not None else self.encode(z)
-            x = x - self.step(x, t, given) / steps
+            x = x - self.step(x, t, given)[:, : x.shape[1]] / steps
         return x
 
 

@@ -4,8 +4,10 @@ import platform
 import resource
 import subprocess
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,84 @@ def interleaved(
     return times
 
 
+@dataclass(frozen=True)
+class Replay:
+    """A CUDA graph of `calls` calls; `run` keeps alive what the graph reads."""
+
+    graph: torch.cuda.CUDAGraph
+    calls: int
+    run: Callable[[int], Any]
+
+
+def captured(run: Callable[[int], Any], copies: int, device: torch.device) -> Replay:
+    """A graph of run(0), run(1), … run(copies − 1), run(0), … of about two milliseconds.
+
+    With copies whose sizes add up to more than the L2 cache, no call finds its inputs there; their
+    results get memory of their own, too.
+
+    Raises:
+        RuntimeError: a call waits for the device, or cannot be captured.
+    """
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        # Compiles, loads, and allocates the stream's workspaces: none of it can be captured.
+        for i in range(3):
+            run(i % copies)
+        # A capture that fails leaves the allocator in disorder; this fails before.
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run(0)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        took = min(seconds(lambda: run(0), device) for _ in range(3))
+    torch.cuda.current_stream(device).wait_stream(stream)
+    calls = min(100, max(copies, 5, round(2e-3 / took)))
+    graph, results = torch.cuda.CUDAGraph(), deque(maxlen=copies)
+    with torch.cuda.graph(graph, stream=stream):
+        for i in range(calls):
+            results.append(run(i % copies))
+    return Replay(graph, calls, run)
+
+
+def replayed(
+    replays: Mapping[str, Replay], device: torch.device, runs: int
+) -> dict[str, list[float]]:
+    """Seconds a call, one figure for each replay of each graph; one of each graph in turn."""
+    times: dict[str, list[float]] = {name: [] for name in replays}
+    with torch.cuda.device(device):
+        for _ in range(runs):
+            for name, replay in replays.items():
+                began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                # The first keeps the device busy while the host enqueues the one that counts.
+                replay.graph.replay()
+                began.record()
+                replay.graph.replay()
+                ended.record()
+                ended.synchronize()
+                times[name].append(began.elapsed_time(ended) / 1e3 / replay.calls)
+    return times
+
+
+def empty_kernel(device: torch.device) -> Callable[[], None]:
+    """A launch of a kernel that does nothing: what none can be faster than."""
+    import triton
+
+    from mimkernels.launch import launch
+
+    @triton.jit
+    def nothing(x):
+        pass
+
+    x = torch.empty(16, device=device)
+    return lambda: launch(nothing, (1,), x)
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Size of a GPU's L2 cache."""
+    return torch.cuda.get_device_properties(device).L2_cache_size
+
+
 def percentile(times: list[float], share: float) -> float:
     """Linear interpolation between the sorted times, share in [0,1]."""
     return torch.quantile(torch.tensor(times, dtype=torch.float64), share).item()
@@ -73,6 +153,14 @@ def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / min(times)
 
 
+def memory_bandwidth(device: torch.device) -> float:
+    """Bytes/s, read and written, that a large copy reaches here: the best of several runs."""
+    size = 2**31 if device.type == "cuda" else 2**27
+    source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
+    times = interleaved({"copy": lambda: target.copy_(source)}, device, warmup=3, runs=10)["copy"]
+    return 2 * size / min(times)
+
+
 def floating_point_operations(run: Callable[[], Any]) -> int:
     """FLOPs of matrix products, convolutions and attention in a call."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -91,13 +179,21 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "diffusers": version("diffusers"),
+        "triton": _version("triton"),
+        "diffusers": _version("diffusers"),
         "revision": _command("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"),
     }
     if device.type == "cuda":
         query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         found["driver"] = _command(*query)
     return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:

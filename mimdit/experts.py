@@ -1,10 +1,16 @@
 """The four kinds of sub-expert, each a bank of `[layers, experts, …]` parameters.
 
-Shapes: B pictures, T = H·W tokens, d channels, k slots (the sub-experts that a picture picked).
-Every bank maps u [B,T,d] and index [B,k] to [B,k,T,d]; attention only, no MLP (MiM-DiT, Sec. 3).
+Shapes: P pictures, each once for every layer of a slice (layers outermost); T = H·W tokens, d
+channels, k slots (the sub-experts that a picture picked). Attention only, no MLP (MiM-DiT, Sec. 3).
+
+A bank is called with u, y [P,T,d] (see `mimdit.mim`), the grid (H, W), index and gate [P,k]
+(numbers l·E + e of the slice's experts, and their weights) and the slice of layers. It returns a
+gated sum [P,T,d] of its experts' outputs, and slots that are still to be projected; either may be
+None.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +20,22 @@ from torch import Tensor, nn
 from mimkernels import expert_depthwise3x3, expert_linear
 
 Grid = tuple[int, int]
+
+
+class Projection(NamedTuple):
+    """Slots [P,k,T,d] whose last layer, of their own experts, is left to `expert_combine`."""
+
+    slots: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+Parts = tuple[Tensor | None, Projection | None]
+
+
+def _flat(bank: Tensor, layers: slice) -> Tensor:
+    """Parameters [L,E,…] of some layers as one bank [l·E,…]."""
+    return bank[layers].flatten(0, 1)
 
 
 def _bank(*shape: int, fan_in: int) -> nn.Parameter:
@@ -35,14 +57,18 @@ class SpatialExperts(nn.Module):
         self.proj_weight = _bank(layers, experts, dim, dim, fan_in=dim)
         self.proj_bias = _zeros(layers, experts, dim)
 
-    def forward(self, u: Tensor, y: Tensor, grid: Grid, layer: int, index: Tensor) -> Tensor:
-        del y, grid
-        qkv = expert_linear(u, self.qkv_weight[layer], index, self.qkv_bias[layer])
+    def forward(
+        self, u: Tensor, y: Tensor, grid: Grid, index: Tensor, gate: Tensor, layers: slice
+    ) -> Parts:
+        del y, grid, gate
+        weight, bias = _flat(self.qkv_weight, layers), _flat(self.qkv_bias, layers)
+        qkv = expert_linear(u, weight, index, bias)
         q, k, v = rearrange(qkv, "b j t (s h c) -> s b j h t c", s=3, h=self.heads)
         # Slots are folded into the batch: fused attention takes four axes.
         out = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
         out = rearrange(out, "(b j) h t c -> b j t (h c)", j=index.shape[1])
-        return expert_linear(out, self.proj_weight[layer], index, self.proj_bias[layer])
+        weight, bias = _flat(self.proj_weight, layers), _flat(self.proj_bias, layers)
+        return None, Projection(out, weight, bias)
 
 
 class ChannelExperts(nn.Module):
@@ -56,18 +82,21 @@ class ChannelExperts(nn.Module):
         self.temperature = nn.Parameter(torch.ones(layers, experts, self.heads))
         self.proj_weight = _bank(layers, experts, dim, dim, fan_in=dim)
 
-    def forward(self, u: Tensor, y: Tensor, grid: Grid, layer: int, index: Tensor) -> Tensor:
-        del y
-        qkv = expert_linear(u, self.qkv_weight[layer], index)
-        planes = expert_depthwise3x3(qkv.unflatten(2, grid), self.dwconv_weight[layer], index)
+    def forward(
+        self, u: Tensor, y: Tensor, grid: Grid, index: Tensor, gate: Tensor, layers: slice
+    ) -> Parts:
+        del y, gate
+        qkv = expert_linear(u, _flat(self.qkv_weight, layers), index)
+        kernels = _flat(self.dwconv_weight, layers)
+        planes = expert_depthwise3x3(qkv.unflatten(2, grid), kernels, index)
         qkv = planes.flatten(2, 3)
         q, k, v = rearrange(qkv, "b j t (s h c) -> s b j h c t", s=3, h=self.heads)
-        temperature = self.temperature[layer][index][..., None, None]
+        temperature = _flat(self.temperature, layers)[index][..., None, None]
         # Normalised over the spatial axis, eps 1e-12 as torch's default.
         gram = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-1, -2)
         out = (gram * temperature).softmax(dim=-1).to(v.dtype) @ v
         out = rearrange(out, "b j h c t -> b j t (h c)").contiguous()
-        return expert_linear(out, self.proj_weight[layer], index)
+        return None, Projection(out, _flat(self.proj_weight, layers), None)
 
 
 class SwinExperts(nn.Module):
@@ -90,21 +119,35 @@ class SwinExperts(nn.Module):
         self.proj_weight = _bank(layers, experts, 2, dim, dim, fan_in=dim)
         self.proj_bias = _zeros(layers, experts, 2, dim)
 
-    def forward(self, u: Tensor, y: Tensor, grid: Grid, layer: int, index: Tensor) -> Tensor:
-        a = self._attend(u, grid, layer, index, shift=0)
+    def forward(
+        self, u: Tensor, y: Tensor, grid: Grid, index: Tensor, gate: Tensor, layers: slice
+    ) -> Parts:
+        plain = self._attend(u, grid, index, layers, shift=0)
+        a = expert_linear(plain.slots, plain.weight, index, plain.bias)
         h = F.layer_norm(y.unsqueeze(1) + a, (y.shape[-1],))
-        return a + self._attend(h, grid, layer, index, shift=self.window // 2)
+        return gated_sum(gate, a), self._attend(h, grid, index, layers, shift=self.window // 2)
 
-    def _attend(self, x: Tensor, grid: Grid, layer: int, index: Tensor, shift: int) -> Tensor:
-        pass_ = int(shift > 0)
-        qkv = expert_linear(
-            x, self.qkv_weight[layer, :, pass_], index, self.qkv_bias[layer, :, pass_]
+    def _attend(
+        self, x: Tensor, grid: Grid, index: Tensor, layers: slice, shift: int
+    ) -> Projection:
+        qkv_weight, qkv_bias, table, weight, bias = (
+            _flat(bank, layers)[:, int(shift > 0)]
+            for bank in (
+                self.qkv_weight,
+                self.qkv_bias,
+                self.bias_table,
+                self.proj_weight,
+                self.proj_bias,
+            )
         )
-        table = self.bias_table[layer, :, pass_][index]
-        out = window_attention(qkv, table, grid, self.heads, self.window, shift)
-        return expert_linear(
-            out, self.proj_weight[layer, :, pass_], index, self.proj_bias[layer, :, pass_]
-        )
+        qkv = expert_linear(x, qkv_weight, index, qkv_bias)
+        out = window_attention(qkv, table[index], grid, self.heads, self.window, shift)
+        return Projection(out, weight, bias)
+
+
+def gated_sum(gate: Tensor, slots: Tensor) -> Tensor:
+    """Σ_j gate[p,j]·slots[p,j]: [P,k] and [P,k,T,d] → [P,T,d]."""
+    return torch.einsum("pj,pjtd->ptd", gate.to(slots.dtype), slots)
 
 
 def window_attention(
@@ -175,12 +218,19 @@ class SEExperts(nn.Module):
         self.fc2_weight = _bank(layers, experts, dim, hidden, fan_in=hidden)
         self.fc2_bias = _zeros(layers, experts, dim)
 
-    def forward(self, u: Tensor, y: Tensor, grid: Grid, layer: int, index: Tensor) -> Tensor:
+    def forward(
+        self, u: Tensor, y: Tensor, grid: Grid, index: Tensor, gate: Tensor, layers: slice
+    ) -> Parts:
         del y, grid
+        w1, b1, w2, b2 = (
+            _flat(bank, layers)
+            for bank in (self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
+        )
         s = u.mean(dim=1, keepdim=True)
-        s = expert_linear(s, self.fc1_weight[layer], index, self.fc1_bias[layer]).relu()
-        s = expert_linear(s, self.fc2_weight[layer], index, self.fc2_bias[layer]).sigmoid()
-        return u.unsqueeze(1) * s
+        s = expert_linear(s, w1, index, b1).relu()
+        s = expert_linear(s, w2, index, b2).sigmoid()  # [P,k,1,d]
+        # All slots scale the same u, so their sum is one vector of scales.
+        return u * gated_sum(gate, s), None
 
 
 def _heads(kind: str, dim: int, head_dim: int) -> int:

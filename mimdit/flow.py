@@ -3,10 +3,26 @@
 x_t = (1−t)·x0 + t·ε with t from 0 (picture) to 1 (noise); velocity v = ε − x0 = dx_t/dt.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
-PREDICTION_TYPES = ("velocity", "sample", "residual")
+PREDICTION_TYPES = ("velocity", "sample", "residual", "log_affine")
+
+
+def check_channels(prediction_type: str, latent: int, output: int) -> None:
+    """ValueError for an unknown type, or one that needs another number of output channels."""
+    if prediction_type not in PREDICTION_TYPES:
+        expected = ", ".join(PREDICTION_TYPES)
+        raise ValueError(f"prediction_type: expected {expected}, got {prediction_type!r}")
+    gains = output - latent
+    if prediction_type == "log_affine" and (gains < 1 or latent % gains):
+        raise ValueError(
+            f"out_channels: expected {latent} and a divisor of it for gains, got {output}"
+        )
+    if prediction_type != "log_affine" and gains:
+        raise ValueError(f"out_channels: expected {latent}, got {output}")
 
 
 def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -20,21 +36,51 @@ def network_input(
 ) -> Tensor:
     """What the network reads at time t [B]; x_t, z_lq [B,c,h,w].
 
-    x_t itself, except for "residual": there the mean of x0 given both observations, a sufficient
-    statistic of them (see `to_velocity`). It is z_lq at t = 1 and x_t at t = 0; x_t alone would add
-    full-strength noise to every token while most of what is known lies in z_lq.
+    x_t itself, except for "residual" and "log_affine": there `observed` of the mean of x0 given
+    both observations, a sufficient statistic of them (see `to_velocity`). It is z_lq at t = 1 and
+    x_t at t = 0; x_t alone would add full-strength noise to every token while most of what is known
+    lies in z_lq.
     """
-    if prediction_type != "residual":
+    if not reads_damage(prediction_type):
         return x_t
-    t = spread(t, x_t)
+    return observed(prediction_type, _mean(x_t, spread(t, x_t), z_lq, damage_std))
+
+
+def observed(prediction_type: str, latents: Tensor) -> Tensor:
+    """How the network sees damaged latents: as they are, or on the scale of "log_affine"."""
+    return 2 * _compand(latents) - 1 if prediction_type == "log_affine" else latents
+
+
+def _mean(x_t: Tensor, t: Tensor, z_lq: Tensor, damage_std: float) -> Tensor:
     near, far = 1 - t, (t / damage_std) ** 2
     return (near * x_t + far * z_lq) / (near**2 + far)
+
+
+# Steepness of the logarithmic scale: dark tones are seen about as finely as bright ones.
+_STEEPNESS = 20.0
+
+
+def _compand(pixels: Tensor) -> Tensor:
+    """Pixels, black at −1 and white at 1, on a logarithmic scale from 0 to 1; odd about black."""
+    u = (pixels + 1) / 2
+    return torch.log1p(_STEEPNESS * u.abs()) / math.log1p(_STEEPNESS) * u.sign()
+
+
+def _expand(scaled: Tensor) -> Tensor:
+    """The inverse of `_compand`."""
+    u = torch.expm1(scaled.abs() * math.log1p(_STEEPNESS)) / _STEEPNESS * scaled.sign()
+    return 2 * u - 1
+
+
+def reads_damage(prediction_type: str) -> bool:
+    """Whether the prediction starts from the damaged latents, and so needs them."""
+    return prediction_type in ("residual", "log_affine")
 
 
 def to_velocity(
     prediction_type: str, output: Tensor, x_t: Tensor, t: Tensor, z_lq: Tensor, damage_std: float
 ) -> Tensor:
-    """The network's raw output as a velocity; all [B,c,h,w], t [B] in (0, 1].
+    """The network's raw output as a velocity; all [B,c,h,w] but t [B] in (0, 1].
 
     - "velocity": the output itself.
     - "sample": the output is x̂0, and v = (x_t − x̂0)/t.
@@ -43,6 +89,11 @@ def to_velocity(
       x̂0 = [(1−t)·x_t + (t/s)²·z_lq]/n + (t/√n)·F, n = (1−t)² + (t/s)².
       A skip from z_lq that fades as x_t becomes the better witness. Substituted into
       v = (x_t − x̂0)/t the division by t cancels, so small t magnifies nothing.
+    - "log_affine": for latents that are pixels. On a logarithmic scale of brightness c, white at 1,
+      and with g more channels G, each for some channels of F: with a = t/√n,
+      c(x̂0) − 1 = (c(mean) − 1 + a·F)·e^(a·G). Haze and darkness are then undone by smooth F and G
+      at full detail, where a residual alone would have to carry the detail of the whole picture
+      through the network.
     """
     if prediction_type == "velocity":
         return output
@@ -51,14 +102,23 @@ def to_velocity(
         return (x_t - output) / t
     w = damage_std**-2
     n = (1 - t) ** 2 + w * t**2
-    return ((w * t - (1 - t)) * x_t - w * t * z_lq) / n - output / n.sqrt()
+    # (x_t − mean)/t without the division.
+    v = ((w * t - (1 - t)) * x_t - w * t * z_lq) / n
+    if prediction_type == "residual":
+        return v - output / n.sqrt()
+    channels = x_t.shape[1]
+    residual, gain = (output * t / n.sqrt()).split([channels, output.shape[1] - channels], 1)
+    gain = gain.repeat_interleave(channels // gain.shape[1], 1).exp()
+    mean = _mean(x_t, t, z_lq, damage_std)
+    corrected = _expand(1 + (_compand(mean) - 1 + residual) * gain)
+    return v - (corrected - mean) / t
 
 
 def loss_weight(prediction_type: str, t: Tensor, damage_std: float) -> Tensor:
     """Weight of the squared velocity error, [B]: makes the loss plain in the network's own output.
 
     For "sample" that is a constant in x̂0 clipped at t = 0.1 (t²·clip(1/t², 100)); for "residual"
-    it is n.
+    it is n. For "log_affine" it is n, too: plain in pixels at t = 1.
     """
     if prediction_type == "velocity":
         return torch.ones_like(t)

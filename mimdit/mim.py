@@ -1,7 +1,7 @@
 """The mixture of experts inside a mixture of experts (MiM-DiT, Eq. 2 to 4).
 
-One module holds the parameters of all blocks, stacked `[layers, …]`; a block calls
-`mim(z, layer=l)`.
+One module holds the parameters of all blocks, stacked `[layers, …]`, and computes the tokens of any
+slice of them at once: they are independent of each other.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimdit.experts import EXPERTS, Grid
+from mimkernels import expert_combine, image_gate
+
+# Elements of the largest intermediate, the experts' q, k and v, that layers may fill together.
+_TOGETHER = 2**28
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,15 @@ class Routing:
         """Nested lists, for JSON."""
         return {name: getattr(self, name).tolist() for name in ("inter", "intra", "index")}
 
-    def at(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """inter [B,G], intra [B,G,k] and index [B,G,k] of one block."""
-        return self.inter[layer], self.intra[layer], self.index[layer]
+    def at(self, layers: slice) -> "Routing":
+        """The choices of some layers."""
+        return Routing(self.inter[layers], self.intra[layers], self.index[layers])
+
+    @staticmethod
+    def cat(parts: "Sequence[Routing]") -> "Routing":
+        """The choices of successive layers."""
+        joined = zip(*((r.inter, r.intra, r.index) for r in parts), strict=True)
+        return Routing(*(torch.cat(tensors) for tensors in joined))
 
 
 class MiM(nn.Module):
@@ -102,70 +112,97 @@ class MiM(nn.Module):
         self.zero_weight = nn.Parameter(torch.zeros(layers, width, dim))
         self.zero_bias = nn.Parameter(torch.zeros(layers, width))
 
-    def project(self, z: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """z [B,T,D] → y = W_down·z + b and u = LayerNorm(y), both [B,T,d]."""
-        y = F.linear(z, self.down_weight[layer], self.down_bias[layer])
-        norm = (self.norm_weight[layer].to(y.dtype), self.norm_bias[layer].to(y.dtype))
-        return y, F.layer_norm(y, y.shape[-1:], *norm)
+    def project(self, z: Tensor, layers: slice) -> tuple[Tensor, Tensor]:
+        """z [B,T,D] → y = W_down·z + b and u = LayerNorm(y), both [l,B,T,d]."""
+        weight, bias = self.down_weight[layers], self.down_bias[layers]
+        # One product for all layers: they read the same z.
+        y = F.linear(z, weight.flatten(0, 1), bias.flatten())
+        y = y.unflatten(-1, bias.shape).permute(2, 0, 1, 3).contiguous()
+        scale, shift = (
+            v[layers, None, None].to(y.dtype) for v in (self.norm_weight, self.norm_bias)
+        )
+        return y, (F.layer_norm(y, y.shape[-1:]) * scale + shift).to(y.dtype)
 
     def pool(self, z: Tensor) -> Tensor:
         """Token means of u for all layers, [L,B,d]; means of tiles average to the picture's."""
-        return torch.stack([self.project(z, i)[1].float().mean(1) for i in range(self.layers)])
+        return torch.cat([self.project(z, i)[1].float().mean(2) for i in self.chunks(z)])
+
+    def chunks(self, z: Tensor) -> list[slice]:
+        """Slices of the layers, each as long as memory for z [B,T,D] allows."""
+        dim = self.down_bias.shape[1]
+        one = z.shape[0] * z.shape[1] * self.top_k * 3 * dim
+        size = max(1, min(self.layers, _TOGETHER // max(one, 1)))
+        return [slice(i, min(i + size, self.layers)) for i in range(0, self.layers, size)]
 
     def route(self, pooled: Tensor) -> Routing:
         """Routing of all layers from `pool`'s means [L,B,d]."""
-        chosen = [self._route(pooled[i], i) for i in range(self.layers)]
-        return Routing(*(torch.stack(parts) for parts in zip(*chosen, strict=True)))
+        return self._route(pooled.unsqueeze(2), slice(None))
 
     def forward(
-        self, z: Tensor, grid: Grid, layer: int, routing: Routing | None = None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """Conditioning tokens of one block.
+        self, z: Tensor, grid: Grid, layers: slice, routing: Routing | None = None
+    ) -> tuple[Tensor, Routing]:
+        """Conditioning tokens m [l,B,T,D] of some blocks, and their routing.
 
-        z [B,T,D] with T = grid[0]·grid[1]; a given `routing` overrides the routers.
-        Returns m [B,T,D] and this layer's (inter [B,G], intra [B,G,k], index [B,G,k]).
+        z [B,T,D] with T = grid[0]·grid[1]; a given `routing` (of all blocks) overrides the routers.
         """
-        y, u = self.project(z, layer)
+        y, u = self.project(z, layers)
         if routing is None:
-            pooled = u.float().mean(dim=1)
             if self.training:
-                self._track(pooled.detach(), layer)
-            inter, intra, index = self._route(pooled, layer)
+                self._track(u.detach().float().mean((1, 2)), layers)
+            chosen = self._route(u, layers)
         else:
-            inter, intra, index = routing.at(layer)
-        mixed = y
+            chosen = routing.at(layers)
+        count, pictures = u.shape[:2]
+        # Layers become pictures of their own, with experts of their own: number l·E + e.
+        first = torch.arange(count, device=u.device).view(-1, 1, 1, 1) * self.experts
+        index = (chosen.index + first).flatten(0, 1)  # [P,G,k]
+        gate = (chosen.inter.unsqueeze(-1) * chosen.intra).flatten(0, 1).to(u.dtype)
+        y, u = y.flatten(0, 1), u.flatten(0, 1)  # [P,T,d]
+        mixed, left = y, []
         for g, bank in enumerate(self.banks):
-            out = bank(u, y, grid, layer, index[:, g])  # [B,k,T,d]
-            gate = (inter[:, g, None] * intra[:, g]).to(out.dtype)  # [B,k]
-            mixed = mixed + torch.einsum("bj,bjtd->btd", gate, out)
-        m = F.linear(mixed, self.zero_weight[layer], self.zero_bias[layer])
-        return m, (inter, intra, index)
+            added, projection = bank(u, y, grid, index[:, g], gate[:, g], layers)
+            mixed = mixed if added is None else mixed + added
+            if projection is not None:
+                left.append((*projection, index[:, g], gate[:, g]))
+        if left:
+            slots, weight, bias, index, gate = (list(part) for part in zip(*left, strict=True))
+            mixed = expert_combine(slots, weight, index, gate, bias=bias, residual=mixed)
+        # [l,B·T,d] times [l,d,D].
+        tokens = mixed.unflatten(0, (count, pictures)).flatten(1, 2)
+        bias = self.zero_bias[layers].unsqueeze(1)
+        m = torch.baddbmm(bias, tokens, self.zero_weight[layers].transpose(1, 2))
+        return m.unflatten(1, z.shape[:2]), chosen
 
-    def _route(self, pooled: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.autocast(pooled.device.type, enabled=False):
-            centred = pooled.float() - self.running_mean[layer].float()
-            inter = F.linear(centred, self.inter_router[layer].float()).softmax(-1)
-            logits = torch.einsum("bd,ged->bge", centred, self.intra_router[layer].float())
-            p = logits.softmax(-1)
+    def _route(self, x: Tensor, layers: slice) -> Routing:
+        """By the mean tokens of x [l,B,T,d], less the running means."""
+        weight = torch.cat(
+            [self.inter_router[layers], self.intra_router[layers].flatten(1, 2)], dim=1
+        )
+        # R·(x̄ − μ) = R·x̄ − R·μ; not as a product, which autocast would round.
+        bias = -(weight * self.running_mean[layers].unsqueeze(1)).sum(-1)
+        inter, intra, index = image_gate(
+            x,
+            weight,
+            bias,
+            groups=len(self.groups),
+            experts=self.experts,
+            k=self.top_k,
+            renormalize=self.renormalize,
+        )
         if self.inter == "sparse":
             top = inter.argmax(-1, keepdim=True)
             inter = torch.zeros_like(inter).scatter(-1, top, inter.gather(-1, top))
         if self.intra == "dense":
-            index = torch.arange(self.experts, device=p.device).expand(p.shape)
-            return inter, torch.full_like(p, 1 / self.experts), index
-        # Stable: equal weights go to the lowest index, on every device and in every export.
-        value, index = p.sort(dim=-1, descending=True, stable=True)
-        value, index = value[..., : self.top_k], index[..., : self.top_k]
-        if self.renormalize:
-            value = value / value.sum(-1, keepdim=True)
-        return inter, value, index
+            index = torch.arange(self.experts, device=x.device).expand(index.shape)
+            intra = torch.full_like(intra, 1 / self.experts)
+        return Routing(inter, intra, index.long())
 
     @torch.no_grad()
-    def _track(self, pooled: Tensor, layer: int, momentum: float = 0.01) -> None:
-        self.running_steps[layer] += 1
-        # A plain average at first, then an exponential one.
-        rate = torch.clamp(1 / self.running_steps[layer], min=momentum)
-        self.running_mean[layer].lerp_(pooled.mean(0).to(self.running_mean.dtype), rate)
+    def _track(self, mean: Tensor, layers: slice, momentum: float = 0.01) -> None:
+        """Follow the batch's mean [l,d]: a plain average at first, then an exponential one."""
+        self.running_steps[layers] += 1
+        rate = torch.clamp(1 / self.running_steps[layers], min=momentum).unsqueeze(1)
+        self.running_mean[layers] = self.running_mean[layers].lerp(mean, rate)
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -25,8 +25,8 @@ _SD35: dict[str, Any] = {
 _PIXEL: dict[str, Any] = {
     "patch_size": 2,
     "in_channels": 48,
-    "out_channels": 48,
-    "prediction_type": "residual",
+    "out_channels": 51,
+    "prediction_type": "log_affine",
     "prompts": ("empty",),
     "prompt_tokens": 4,
 }

@@ -43,8 +43,7 @@ class Denoiser:
         """One routing for the whole picture, so that its tiles never disagree."""
         total = torch.zeros(())
         for tiles in self.tiling.chunks(self.tile_batch):
-            cut = self.tiling.cut(self.z_lq, tiles).to(self.model.dtype)
-            pooled = self.model.pool_condition(cut)
+            pooled = self.model.pool_condition(self.tiling.cut(self.z_lq, tiles))
             total = total.to(pooled.device) + pooled.unflatten(1, (-1, len(self.z_lq))).sum(1)
         self.routing = self.model.mim.route(total / len(self.tiling.corners))
 
@@ -54,15 +53,15 @@ class Denoiser:
         )
 
     def _tiles(self, tiles: slice, latents: Tensor, t: Tensor) -> Tensor:
-        x = self.tiling.cut(latents, tiles).to(self.model.dtype)
+        x, dtype = self.tiling.cut(latents, tiles), self.model.dtype
         condition, time = self._condition(tiles), t.expand(len(x)).to(x.device)
         parts = [
             self.model(
                 x,
                 time,
                 condition,
-                encoder_hidden_states=text.to(x).expand(len(x), -1, -1),
-                pooled_projections=pooled.to(x).expand(len(x), -1),
+                encoder_hidden_states=text.to(x.device, dtype).expand(len(x), -1, -1),
+                pooled_projections=pooled.to(x.device, dtype).expand(len(x), -1),
                 return_dict=False,
             )[0].float()
             for text, pooled in self.prompts
@@ -74,7 +73,7 @@ class Denoiser:
     def _condition(self, tiles: slice) -> Condition:
         if tiles.start in self._kept:
             return self._kept[tiles.start]
-        cut = self.tiling.cut(self.z_lq, tiles).to(self.model.dtype)
+        cut = self.tiling.cut(self.z_lq, tiles)
         repeats = len(cut) // len(self.z_lq)
         found = self.model.encode_condition(cut, self.routing.repeat(repeats))
         if self._bytes() <= _CONDITION_BYTES:

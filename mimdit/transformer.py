@@ -102,9 +102,7 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
             dual_attention_layers=tuple(dual_attention_layers),
             qk_norm=qk_norm,
         )
-        if prediction_type not in flow.PREDICTION_TYPES:
-            expected = ", ".join(flow.PREDICTION_TYPES)
-            raise ValueError(f"prediction_type: expected {expected}, got {prediction_type!r}")
+        flow.check_channels(prediction_type, in_channels, out_channels)
         self.pos_embed.__class__ = ShiftablePatchEmbed
         self.mim = MiM(
             num_layers, self.inner_dim, mim_dim, groups, experts, top_k, inter, intra, renormalize
@@ -208,16 +206,22 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
     @apply_forward_hook
     def pool_condition(self, lq_latents: Tensor) -> Tensor:
         """What the routers read, [L,B,d]: average it over tiles, then `mim.route` it."""
-        return self.mim.pool(self.pos_embed(lq_latents).contiguous())
+        return self.mim.pool(self._embed(lq_latents))
 
     @apply_forward_hook
     def encode_condition(self, lq_latents: Tensor, routing: Routing | None = None) -> Condition:
         """m_l = ZeroLinear_l(MiM_l(PatchEmbed(z_lq) + pos)) for every block; z_lq [B,c,h,w]."""
         grid = self.grid(lq_latents)
-        z = self.pos_embed(lq_latents).contiguous()
-        out = [self.mim(z, grid, layer, routing) for layer in range(self.mim.layers)]
-        chosen = Routing(*(torch.stack(parts) for parts in zip(*(c for _, c in out), strict=True)))
-        return Condition(lq_latents, tuple(m for m, _ in out), chosen)
+        z = self._embed(lq_latents)
+        out = [self.mim(z, grid, layers, routing) for layers in self.mim.chunks(z)]
+        tokens = tuple(m for part, _ in out for m in part.unbind())
+        return Condition(lq_latents, tokens, Routing.cat([chosen for _, chosen in out]))
+
+    def _embed(self, lq_latents: Tensor) -> Tensor:
+        """PatchEmbed(z_lq) + pos, [B,K,D]."""
+        # Cast last: on the scale of pixels bfloat16 would merge dark tones.
+        seen = flow.observed(self.config["prediction_type"], lq_latents).to(self.dtype)
+        return self.pos_embed(seen).contiguous()
 
     def predict(
         self,
@@ -228,7 +232,7 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
         pooled_projections: Tensor | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> Tensor:
-        """The network alone: raw output [B,c,h,w] for an input of `flow.network_input`."""
+        """The network alone: from `flow.network_input` to the raw output of `flow.to_velocity`."""
         if encoder_hidden_states is None or pooled_projections is None:
             stored = self.prompt(batch=hidden_states.shape[0])
             encoder_hidden_states = (
@@ -273,19 +277,19 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
         if condition is None and lq_latents is not None:
             condition = self.encode_condition(lq_latents)
         kind = self.config["prediction_type"]
-        if condition is None and kind == "residual":
-            raise ValueError("condition: a model that predicts residuals needs the damaged picture")
+        if condition is None and flow.reads_damage(kind):
+            raise ValueError(f"condition: prediction type {kind!r} needs the damaged picture")
         lq = hidden_states if condition is None else condition.latents
         t, std = timestep.to(hidden_states.dtype) / 1000, self.config["damage_std"]
         output = self.predict(
-            flow.network_input(kind, hidden_states, t, lq, std),
+            flow.network_input(kind, hidden_states, t, lq, std).to(self.dtype),
             timestep,
             condition,
             encoder_hidden_states,
             pooled_projections,
             joint_attention_kwargs,
         )
-        v = flow.to_velocity(kind, output, hidden_states, t, lq, std)
+        v = flow.to_velocity(kind, output.to(hidden_states.dtype), hidden_states, t, lq, std)
         return Transformer2DModelOutput(sample=v) if return_dict else (v,)
 
     @torch.no_grad()

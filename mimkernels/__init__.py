@@ -7,6 +7,19 @@ from mimkernels.backend import use_backend
 from mimkernels.expert_combine import expert_combine
 from mimkernels.expert_depthwise3x3 import expert_depthwise3x3
 from mimkernels.expert_linear import expert_linear
+from mimkernels.explain import explain
+from mimkernels.grouped_linear import grouped_linear
 from mimkernels.image_gate import image_gate
+from mimkernels.topk_route import Route, topk_route
 
-__all__ = ["expert_combine", "expert_depthwise3x3", "expert_linear", "image_gate", "use_backend"]
+__all__ = [
+    "Route",
+    "expert_combine",
+    "expert_depthwise3x3",
+    "expert_linear",
+    "explain",
+    "grouped_linear",
+    "image_gate",
+    "topk_route",
+    "use_backend",
+]

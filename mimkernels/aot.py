@@ -22,7 +22,14 @@ import torch
 
 from mimkernels.tiles import ARCHITECTURES, SHARED_MEMORY, tiles_for
 
-OPS = ("image_gate", "expert_linear", "expert_combine", "expert_depthwise3x3")
+OPS = (
+    "image_gate",
+    "topk_route",
+    "expert_linear",
+    "expert_combine",
+    "expert_depthwise3x3",
+    "grouped_linear",
+)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _TYPES = {
     torch.bfloat16: "bf16",
@@ -70,10 +77,11 @@ def compile_all(
                 with tiles_for(architecture), record() as launches:
                     module.typical_launches(DTYPES[dtype])
                 for launch in launches:
-                    yield _compile(op, dtype, architecture, launch)
+                    yield compile_launch(op, dtype, architecture, launch)
 
 
-def _compile(op: str, dtype: str, architecture: str, launch: Any) -> Compiled:
+def compile_launch(op: str, dtype: str, architecture: str, launch: Any) -> Compiled:
+    """Compile one recorded launch; op and dtype are labels of the row."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

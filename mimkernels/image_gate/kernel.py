@@ -108,23 +108,19 @@ def gate_kernel(
     else:
         out = (i_lb * GROUPS + i_g - 1) * K
         left = tl.where(m_r, p, -1.0)
+        if RENORMALIZE:
+            rest = left
+            for _ in tl.static_range(K):
+                # The lowest index among equals.
+                rest = tl.where(o_r == tl.argmax(rest, axis=0, tie_break_left=True), -1.0, rest)
+            p = p / tl.sum(tl.where(m_r & (rest < 0), p, 0.0), axis=0)
         p = tl.where(broken, float("nan"), p)
-        chosen = tl.zeros([ROUTERS], dtype=tl.int1)
         for i_k in tl.static_range(K):
-            # The lowest index among equals.
             best = tl.argmax(left, axis=0, tie_break_left=True)
             hit = o_r == best
-            chosen = chosen | hit
             tl.store(index + out + i_k, best.to(tl.int32))
-            if not RENORMALIZE:
-                tl.store(intra + out + i_k, tl.sum(tl.where(hit, p, 0.0), axis=0))
+            tl.store(intra + out + i_k, tl.sum(tl.where(hit, p, 0.0), axis=0))
             left = tl.where(hit, -1.0, left)
-        if RENORMALIZE:
-            whole = tl.sum(tl.where(chosen, p, 0.0), axis=0)
-            for i_k in tl.static_range(K):
-                best = tl.load(index + out + i_k)
-                value = tl.sum(tl.where(o_r == best, p, 0.0), axis=0)
-                tl.store(intra + out + i_k, value / whole)
 
 
 def forward(

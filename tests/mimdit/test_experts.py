@@ -14,6 +14,7 @@ from mimdit.experts import (
     relative_position,
     window_regions,
 )
+from mimkernels import expert_combine
 
 DIM, EXPERT_COUNT, LAYERS = 64, 3, 2
 GRIDS = [(8, 8), (5, 7), (16, 9), (1, 1)]
@@ -92,11 +93,15 @@ def test_bank_equals_plain_computation(kind: str, grid: tuple[int, int]) -> None
     u, y = torch.randn(2, 2, grid[0] * grid[1], DIM, dtype=torch.float64)
     index = torch.tensor([[2, 0], [1, 2]])
     with torch.no_grad():
-        out = bank(u, y, grid, 1, index)
-        for b in range(2):
-            for j in range(2):
+        for j in range(2):
+            gate = F.one_hot(torch.tensor([j, j]), 2).double()
+            added, left = bank(u, y, grid, index, gate, slice(1, 2))
+            parts = (left.slots, left.weight, index, gate) if left is not None else None
+            if parts is not None:
+                added = expert_combine(*parts, bias=left.bias, residual=added)
+            for b in range(2):
                 expected = ORACLES[kind](bank, u[b], y[b], grid, (1, int(index[b, j])))
-                torch.testing.assert_close(out[b, j], expected, rtol=0, atol=1e-11)
+                torch.testing.assert_close(added[b], expected, rtol=0, atol=1e-11)
 
 
 def test_relative_position_is_swins() -> None:

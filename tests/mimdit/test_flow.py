@@ -21,6 +21,31 @@ def test_the_perfect_output_gives_the_true_velocity(kind: str, t: float) -> None
     torch.testing.assert_close(v, noise - x0, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("t", [1e-3, 0.3, 1.0])
+def test_log_affine_is_affine_about_white_on_a_logarithmic_scale(t: float) -> None:
+    x_t, z, residual = torch.randn(3, 2, 48, 8, 8, dtype=torch.float64)
+    gain = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    time = torch.full((2,), t, dtype=torch.float64)
+    a = t / ((1 - t) ** 2 + (t / 0.4) ** 2) ** 0.5
+    seen = flow.network_input("log_affine", x_t, time, z, 0.4)  # 2·c − 1
+    # Each gain is for the 16 places of one colour.
+    factor = (gain[:, :, None] * a).exp().expand(-1, -1, 16, -1, -1).flatten(1, 2)
+    wanted = 1 + ((seen - 1) / 2 + residual * a) * factor
+    v = flow.to_velocity("log_affine", torch.cat([residual, gain], 1), x_t, time, z, 0.4)
+    found = (flow.observed("log_affine", x_t - t * v) + 1) / 2
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    zero = flow.to_velocity("log_affine", torch.zeros(2, 51, 8, 8), x_t, time, z, 0.4)
+    torch.testing.assert_close(zero, flow.to_velocity("residual", 0 * z, x_t, time, z, 0.4))
+
+
+def test_logarithmic_scale_keeps_black_and_white_and_tells_dark_tones_apart() -> None:
+    tones = torch.tensor([-1.0, -0.98, -0.9, 0.0, 1.0], dtype=torch.float64)
+    seen = flow.observed("log_affine", tones)
+    assert seen[0] == -1 and seen[-1] == pytest.approx(1)
+    assert seen[1] - seen[0] > 5 * (tones[1] - tones[0])
+    assert (seen.diff() > 0).all()
+
+
 def test_zero_residual_at_pure_noise_is_the_damaged_picture() -> None:
     x1, z = torch.randn(2, 1, 48, 8, 8)
     v = flow.to_velocity("residual", torch.zeros_like(z), x1, torch.ones(1), z, 0.4)

@@ -31,8 +31,10 @@ def inputs(height: int = 12, width: int = 20) -> tuple[torch.Tensor, torch.Tenso
 @pytest.mark.parametrize("dual", [(), (0,)], ids=["single", "dual"])
 @pytest.mark.parametrize("qk_norm", [None, "rms_norm"])
 def test_without_conditioning_it_is_diffusers_transformer(dual: tuple, qk_norm: str | None) -> None:
-    options = {"dual_attention_layers": dual, "qk_norm": qk_norm, "prediction_type": "velocity"}
-    ours = build("debug", **options).randomize_(1).eval()
+    options = {"prediction_type": "velocity", "out_channels": 48}
+    ours = (
+        build("debug", dual_attention_layers=dual, qk_norm=qk_norm, **options).randomize_(1).eval()
+    )
     theirs = SD3Transformer2DModel(**{k: ours.config[k] for k in SD3_KEYS}).eval()
     own = ours.state_dict()
     theirs.load_state_dict({k: own[k] for k in theirs.state_dict()})

@@ -1,0 +1,292 @@
+"""How fast the kernels are, and next to what: `python -m bench.kernels`, on a GPU.
+
+For each op and size first the check: results and gradients of every variant against the reference
+in float64; a variant that differs gets no speed, and the command fails. Then microseconds a call,
+forward and forward+backward, from replayed CUDA graphs of many calls, all variants in turn: shares
+of the bandwidth and of the matrix peak measured here, and the kernel's speed relative to each
+variant. On a CPU it only checks, at small sizes. One JSON line a row, and a plot.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# Torch and what needs it are imported where they are used: --help is quick.
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from bench.kernel_cases import Case
+    from mimkernels.costs import Cost
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+EMPTY = "empty kernel"
+Row = dict[str, Any]
+
+
+def forward(
+    run: Callable[..., Any], tensors: "Sequence[Tensor]", _: "Sequence[Tensor]"
+) -> "list[Tensor]":
+    """All outputs of a call."""
+    import torch
+
+    with torch.no_grad():
+        return _listed(run(*tensors))
+
+
+def gradients(
+    run: Callable[..., Any], tensors: "Sequence[Tensor]", grads: "Sequence[Tensor]"
+) -> "list[Tensor]":
+    """Gradients of all floating-point inputs, given those of all floating-point outputs."""
+    import torch
+
+    leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in tensors]
+    out = [y for y in _listed(run(*leaves)) if y.is_floating_point()]
+    return list(torch.autograd.grad(out, [x for x in leaves if x.requires_grad], grads))
+
+
+PASSES: "dict[str, Callable[..., list[Tensor]]]" = {
+    "forward": forward,
+    "forward+backward": gradients,
+}
+
+
+def oracle(case: "Case") -> "tuple[list[Tensor], dict[str, list[Tensor]]]":
+    """Gradients of the outputs to go back from, and each pass's results, in float64.
+
+    The gradient is the output itself, as of ½‖y‖²: no sum over it cancels out.
+    """
+    exact = [x.double() if x.is_floating_point() else x for x in case.tensors]
+    wanted = forward(case.reference, exact, [])
+    pairs = zip(wanted, forward(case.reference, case.tensors, []), strict=True)
+    grads = [y.to(own.dtype) for y, own in pairs if y.is_floating_point()]
+    back = gradients(case.reference, exact, [y.double() for y in grads])
+    return grads, {"forward": wanted, "forward+backward": back}
+
+
+def difference(found: "Sequence[Tensor]", wanted: "Sequence[Tensor]") -> float:
+    """The largest error, relative to each tensor's largest value; integers must be equal."""
+    worst = 0.0
+    for x, exact in zip(found, wanted, strict=True):
+        if x.shape != exact.shape:
+            return float("inf")
+        if exact.is_floating_point():
+            scale = exact.abs().max().clamp(min=1e-30)
+            error = float((x.double() - exact).abs().max() / scale)
+        else:
+            error = 0.0 if bool((x == exact).all()) else float("inf")
+        # NaN compares with nothing; it must not pass.
+        worst = max(worst, error) if error == error else float("inf")
+    return worst
+
+
+def measure_case(
+    case: "Case", device: "torch.device", runs: int, peak: float, bandwidth: float
+) -> Iterator[Row]:
+    """Rows of all passes and variants; with times on a GPU only, and only of equal results.
+
+    peak (FLOP/s) and bandwidth (bytes/s): measured on this device.
+    """
+    from bench.kernel_cases import TOLERANCE, variants
+
+    tolerance = TOLERANCE[case.tensors[0].dtype]
+    grads, wanted = oracle(case)
+    candidates = variants(case)
+    for pass_, call in PASSES.items():
+        rows: dict[str, Row] = {}
+        for name, variant in candidates.items():
+            row = {"pass": pass_, "variant": name, "error": None, "parity": None, "reason": None}
+            rows[name] = row
+            if isinstance(variant, str):
+                row["reason"] = variant
+                continue
+            try:
+                error = difference(call(variant, case.tensors, grads), wanted[pass_])
+            # Whatever stops a comparator must not stop the others.
+            except Exception as fault:
+                row |= {"reason": _said(fault), "parity": False if name == "triton" else None}
+                continue
+            row["parity"] = error <= tolerance
+            row["error"] = error if error < float("inf") else None
+            if not row["parity"]:
+                row["reason"] = f"differs from the reference by {error:.1e}, over {tolerance:.0e}"
+        rows["triton"]["launches"] = _launches(case, call, grads)
+        if device.type == "cuda":
+            both = case.costs.forward + case.costs.backward
+            least = case.costs.forward if call is forward else both
+            timed = {name: candidates[name] for name, row in rows.items() if row["parity"]}
+            _time(case, call, grads, timed, rows, least, device, runs)
+            _relate(rows, least, peak, bandwidth)
+        yield from rows.values()
+
+
+def _launches(case: "Case", call: Callable[..., Any], grads: "list[Tensor]") -> int:
+    """Kernels of this package that a call launches."""
+    from mimkernels.explain import recorded, without_data
+    from mimkernels.tiles import architecture
+
+    shapes = [[without_data(x) for x in some] for some in (case.tensors, grads)]
+    with recorded(architecture(grads[0].device)) as launches:
+        call(case.kernel, *shapes)
+    return len(launches)
+
+
+def _time(
+    case: "Case",
+    call: Callable[..., Any],
+    grads: "list[Tensor]",
+    timed: dict[str, Any],
+    rows: dict[str, Row],
+    least: "Cost",
+    device: "torch.device",
+    runs: int,
+) -> None:
+    """Add the times of variants with equal results, and of an empty kernel, to the rows."""
+    from bench import measure
+
+    copies = min(32, 1 + 2 * measure.cache_bytes(device) // case.costs.forward.bytes)
+    sets = [(case.tensors, grads)]
+    for _ in range(copies - 1):
+        sets.append(([x.clone() for x in case.tensors], [x.clone() for x in grads]))
+    nothing = measure.empty_kernel(device)
+    rows[EMPTY] = {"pass": rows["triton"]["pass"], "variant": EMPTY, "error": None, "parity": None}
+    rows[EMPTY]["reason"] = None
+    calls: dict[str, Callable[[int], Any]] = {EMPTY: lambda i: nothing()}
+    for name, variant in timed.items():
+        calls[name] = lambda i, variant=variant: call(variant, *sets[i])
+    replays = {}
+    for name, run in calls.items():
+        try:
+            replays[name] = measure.captured(run, copies, device)
+        except Exception as fault:
+            rows[name]["reason"] = _said(fault)
+            if name == "triton":
+                rows[name]["parity"] = False
+    for name, times in measure.replayed(replays, device, runs).items():
+        row = rows[name] | {"runs": runs, "calls": replays[name].calls, "copies": copies}
+        for share in (10, 50, 90):
+            row[f"p{share}_us"] = measure.percentile(times, share / 100) * 1e6
+        rows[name] = row
+
+
+def _relate(rows: dict[str, Row], least: "Cost", peak: float, bandwidth: float) -> None:
+    """Add to each row with a time what it says of the machine and of the kernel."""
+    floor = least.floor(peak, bandwidth)
+    for row in rows.values():
+        if "p50_us" not in row or row["variant"] == EMPTY:
+            continue
+        seconds = row["p50_us"] / 1e6
+        row |= {
+            "flops": least.flops,
+            "bytes": least.bytes,
+            "matrix_share": least.flops / seconds / peak,
+            "bandwidth_share": least.bytes / seconds / bandwidth,
+            "floor_us": floor * 1e6,
+            "floor_share": floor / seconds,
+        }
+        if "p50_us" in rows["triton"]:
+            row["kernel_speedup"] = row["p50_us"] / rows["triton"]["p50_us"]
+
+
+def _listed(out: Any) -> list[Any]:
+    return list(out) if isinstance(out, (tuple, list)) else [out]
+
+
+def _said(fault: Exception) -> str:
+    lines = str(fault).strip().splitlines() or [""]
+    return f"{type(fault).__name__}: {lines[0][:200]}"
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: medians and what they are shares of, or why there is no speed."""
+    lines = [
+        "| op | T×C | pass | variant | error | µs (p10–p90) | of matrix peak | of bandwidth | "
+        "kernel is × faster |",
+        "|---" * 9 + "|",
+    ]
+    for row in rows:
+        error = "" if row["error"] is None else f"{row['error']:.1e}"
+        head = f"| {row['op']} | {row['tokens']}×{row['channels']} | {row['pass']} | "
+        head += f"{row['variant']} | {error} |"
+        if "p50_us" not in row:
+            lines.append(f"{head} {row['reason'] or 'agrees'} | | | |")
+            continue
+        cells = f" {row['p50_us']:.1f} ({row['p10_us']:.1f}–{row['p90_us']:.1f}) |"
+        shares = [row.get(key) for key in ("matrix_share", "bandwidth_share")]
+        cells += "".join(" |" if share is None else f" {share:.0%} |" for share in shares)
+        ratio = row.get("kernel_speedup")
+        lines.append(f"{head}{cells} {'' if ratio is None else f'{ratio:.2f}'} |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    p = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__)
+    p.add_argument("--ops", nargs="+", metavar="OP", help="as expert_linear (default all)")
+    p.add_argument("--dtype", choices=list(DTYPES), help="(default bf16, on a CPU fp32)")
+    p.add_argument("--runs", type=int, default=30, help="replays of each graph (default 30)")
+    default = Path("bench/results") / f"kernels-{date.today().isoformat()}.jsonl"
+    where = f"JSON lines, with a plot beside them (default {default}, on a CPU none)"
+    p.add_argument("--out", type=Path, help=where)
+    p.add_argument("--quick", action="store_true", help="the smallest size, at most 10 replays")
+    p.add_argument("--device", choices=["cuda", "cpu"], help="(default cuda if there is one)")
+    args = p.parse_args(argv)
+    if args.runs < 1:
+        p.error(f"--runs: expected at least 1, got {args.runs}")
+
+    import torch
+
+    from bench import kernel_cases, measure, plots
+    from mimkernels.backend import interpreting
+
+    unknown = [op for op in args.ops or [] if op not in kernel_cases.CASES]
+    if unknown:
+        known = ", ".join(kernel_cases.CASES)
+        p.error(f"--ops: expected some of {known}, got {', '.join(unknown)}")
+    gpu = (args.device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cuda"
+    if gpu and not torch.cuda.is_available():
+        p.error("--device: expected a GPU that torch can use, found none")
+    if gpu and interpreting():
+        p.error("Triton's interpreter is on; unset TRITON_INTERPRET to measure")
+    device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+    dtype = getattr(torch, DTYPES[args.dtype or ("bf16" if gpu else "fp32")])
+    out = args.out or (default if gpu else None)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    runs = min(args.runs, 10) if args.quick else args.runs
+    sizes = kernel_cases.FULL if gpu else kernel_cases.SMALL
+    peak, bandwidth = (
+        (measure.matrix_peak(device, dtype), measure.memory_bandwidth(device)) if gpu else (0, 0)
+    )
+    fixed = {"bench": "kernels", "dtype": str(dtype).removeprefix("torch."), "seed": 0}
+    fixed |= measure.environment(device)
+    if gpu:
+        fixed |= {"matrix_peak_tflops": peak / 1e12, "bandwidth_gb_s": bandwidth / 1e9}
+    rows: list[Row] = []
+    for op in args.ops or kernel_cases.CASES:
+        for size in sizes[:1] if args.quick else sizes:
+            # Each size is compiled anew; the compiler keeps only a few for one function.
+            torch.compiler.reset()
+            case = kernel_cases.make(op, size, dtype, device)
+            found = [
+                fixed | {"op": op} | vars(size) | row
+                for row in measure_case(case, device, runs, peak, bandwidth)
+            ]
+            rows += found
+            if out:
+                with out.open("a") as file:
+                    file.writelines(json.dumps(row) + "\n" for row in found)
+    print(table(rows))
+    if out and any("p50_us" in row for row in rows):
+        plots.kernel_bars(rows, out.with_suffix(".png"))
+        print(f"rows in {out}, plot in {out.with_suffix('.png')}")
+    if not gpu:
+        print("This only checked results: kernel speeds need a GPU.")
+    return 1 if any(row["parity"] is False for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""The least that a call of an op costs: the one place that counts its FLOPs and bytes.
+
+Bytes are those of the inputs, read once, and of the outputs, written once; a bank's experts count
+as far as a call can pick them (the picks of one picture differ). FLOPs are multiplications and
+additions of what the formula sums, without softmaxes and the like.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from mimkernels.topk_route import Route
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs and bytes moved."""
+
+    flops: int
+    bytes: int
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+    def floor(self, peak: float, bandwidth: float) -> float:
+        """Seconds that nothing can be faster than, at this many FLOP/s and bytes/s."""
+        return max(self.flops / peak, self.bytes / bandwidth)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """A call and its gradients for all floating-point inputs."""
+
+    forward: Cost
+    backward: Cost
+
+
+def cost(op: Callable[..., Any], *arguments: Any, **options: Any) -> Costs:
+    """The costs of `op(*arguments, **options)`; tensors need no data (device "meta").
+
+    Raises:
+        ValueError: an op that is not in `COSTS`.
+        TypeError: arguments that are not the op's.
+    """
+    count = COSTS[name_of(op)]
+    given = inspect.signature(op).bind(*arguments, **options)
+    given.apply_defaults()
+    return count(**{k: v for k, v in given.arguments.items() if k != "backend"})
+
+
+def name_of(op: Callable[..., Any]) -> str:
+    """The name of an op, if it is one whose costs are known."""
+    name = getattr(op, "__name__", str(op))
+    if name not in COSTS:
+        raise ValueError(f"op: expected one of {', '.join(COSTS)}, got {name}")
+    return name
+
+
+def image_gate(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    groups: int,
+    experts: int,
+    k: int,
+    renormalize: bool,
+) -> Costs:
+    """x [(L,)B,T,C], weight [(L,)G+G·E,C]; the gradient of x is one row a picture, expanded."""
+    means, channels = prod(x.shape[:-2]), x.shape[-1]
+    wide = torch.promote_types(x.dtype, torch.float32).itemsize
+    product = 2 * means * (groups + groups * experts) * channels
+    routers = _read(weight) + _read(bias)
+    out = means * groups * (wide + k * (wide + torch.int32.itemsize))
+    forward = Cost(means * x.shape[-2] * channels + product, _read(x) + routers + out)
+    rows = means * channels * (wide + x.element_size())
+    return Costs(forward, Cost(2 * product, out + rows + 2 * routers))
+
+
+def expert_linear(x: Tensor, weight: Tensor, index: Tensor, bias: Tensor | None) -> Costs:
+    """x [B,T,K] or [B,k,T,K], weight [E,N,K], index [B,k]."""
+    columns, inner = weight.shape[1:]
+    flops = 2 * index.numel() * x.shape[-2] * inner * columns
+    out = index.numel() * x.shape[-2] * columns * x.element_size()
+    read = _read(x) + _picked(weight, index) + _read(index)
+    forward = Cost(flops, read + _picked(bias, index) + out)
+    gradients = _whole(x) + _whole(weight) + _whole(bias)
+    return Costs(forward, Cost(2 * flops, out + read + gradients))
+
+
+def expert_combine(
+    x: Tensor | Sequence[Tensor],
+    weight: Tensor | Sequence[Tensor],
+    index: Tensor | Sequence[Tensor],
+    gate: Tensor | Sequence[Tensor],
+    bias: Tensor | Sequence[Tensor | None] | None,
+    residual: Tensor | None,
+) -> Costs:
+    """x [B,S,T,K], weight [E,N,K], index and gate [B,S], one or a sequence of each."""
+    groups = [[v] if isinstance(v, Tensor) else list(v) for v in (x, weight, index, gate)]
+    count = len(groups[0])
+    biases = [bias] if isinstance(bias, Tensor) else list(bias or [None] * count)
+    first, columns = groups[0][0], groups[1][0].shape[1]
+    out = first.shape[0] * first.shape[2] * columns * first.element_size()
+    forward, backward = Cost(0, _read(residual) + out), Cost(0, out)
+    for x_i, weight_i, index_i, gate_i, bias_i in zip(*groups, biases, strict=True):
+        flops = 2 * prod(x_i.shape) * columns
+        read = _read(x_i) + _picked(weight_i, index_i) + _picked(bias_i, index_i)
+        read += _read(index_i) + _read(gate_i)
+        gradients = _whole(x_i) + _whole(weight_i) + _whole(bias_i) + _whole(gate_i)
+        # The gradient of the residual is that of the output itself.
+        forward += Cost(flops, read)
+        backward += Cost(2 * flops, read + gradients)
+    return Costs(forward, backward)
+
+
+def expert_depthwise3x3(x: Tensor, weight: Tensor, index: Tensor) -> Costs:
+    """x [B,k,H,W,C], weight [E,C,3,3], index [B,k]."""
+    flops = 2 * 9 * x.numel()
+    read = _read(x) + _picked(weight, index) + _read(index)
+    forward = Cost(flops, read + _whole(x))
+    return Costs(forward, Cost(2 * flops, _whole(x) + read + _whole(x) + _whole(weight)))
+
+
+def topk_route(logits: Tensor, k: int, norm: str) -> Costs:
+    """logits [N,E]; weights and four kinds of int32 places go out."""
+    tokens, experts = logits.shape
+    wide = torch.promote_types(logits.dtype, torch.float32).itemsize
+    picked = tokens * k * (wide + torch.int32.itemsize)
+    places = (2 * experts + 2 * tokens * k) * torch.int32.itemsize
+    read = _read(logits) if norm == "softmax" else 0
+    gradients = tokens * k * wide + picked + read + _whole(logits)
+    return Costs(Cost(0, _read(logits) + picked + places), Cost(0, gradients))
+
+
+def grouped_linear(
+    x: Tensor, weight: Tensor, route: "Route", bias: Tensor | None, gather: bool, combine: bool
+) -> Costs:
+    """x [N,K] or [N·k,K], weight [E,M,K]; every expert may be picked."""
+    (tokens, slots), (columns, inner) = route.index.shape, weight.shape[1:]
+    flops = 2 * tokens * slots * columns * inner
+    out = tokens * (1 if combine else slots) * columns * x.element_size()
+    read = _read(x) + _read(weight) + _read(route.permutation) + _read(route.offsets)
+    read += _read(route.weights) if combine else 0
+    gradients = _whole(x) + _whole(weight) + _whole(bias)
+    gradients += _whole(route.weights) if combine else 0
+    return Costs(Cost(flops, read + _read(bias) + out), Cost(2 * flops, out + read + gradients))
+
+
+COSTS: dict[str, Callable[..., Costs]] = {
+    count.__name__: count
+    for count in (
+        image_gate,
+        topk_route,
+        expert_linear,
+        expert_combine,
+        expert_depthwise3x3,
+        grouped_linear,
+    )
+}
+
+
+def _read(x: Tensor | None) -> int:
+    """Bytes in memory: an expanded axis repeats the same ones."""
+    if x is None or x.numel() == 0:
+        return 0
+    sizes = zip(x.shape, x.stride(), strict=True)
+    return prod(size for size, stride in sizes if stride) * x.element_size()
+
+
+def _whole(x: Tensor | None) -> int:
+    return 0 if x is None else x.numel() * x.element_size()
+
+
+def _picked(bank: Tensor | None, index: Tensor) -> int:
+    """Bytes of as many experts [E,…] of a bank as `index` can pick."""
+    if bank is None or not len(bank):
+        return 0
+    return _read(bank) * min(len(bank), index.numel()) // len(bank)
