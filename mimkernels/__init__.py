@@ -8,8 +8,11 @@ from mimkernels.expert_combine import expert_combine
 from mimkernels.expert_depthwise3x3 import expert_depthwise3x3
 from mimkernels.expert_linear import expert_linear
 from mimkernels.explain import explain
+from mimkernels.gated_residual_layernorm_modulate import gated_residual_layernorm_modulate
 from mimkernels.grouped_linear import grouped_linear
 from mimkernels.image_gate import image_gate
+from mimkernels.joint_qkv import joint_qkv, joint_qkv_
+from mimkernels.layernorm_modulate import layernorm_modulate
 from mimkernels.topk_route import Route, topk_route
 
 __all__ = [
@@ -18,8 +21,12 @@ __all__ = [
     "expert_depthwise3x3",
     "expert_linear",
     "explain",
+    "gated_residual_layernorm_modulate",
     "grouped_linear",
     "image_gate",
+    "joint_qkv",
+    "joint_qkv_",
+    "layernorm_modulate",
     "topk_route",
     "use_backend",
 ]

@@ -29,6 +29,9 @@ OPS = (
     "expert_combine",
     "expert_depthwise3x3",
     "grouped_linear",
+    "layernorm_modulate",
+    "gated_residual_layernorm_modulate",
+    "joint_qkv",
 )
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _TYPES = {
@@ -165,7 +168,7 @@ def line(row: Compiled) -> str:
     """A row of the table."""
     registers, stack = ("-" if x is None else x for x in (row.registers, row.stack))
     return (
-        f"{row.op:<16}{row.kernel:<18}{row.dtype:<6}{row.architecture:<8}{row.warps:>5}"
+        f"{row.op:<34}{row.kernel:<18}{row.dtype:<6}{row.architecture:<8}{row.warps:>5}"
         f"{registers:>10}{stack:>7}{row.shared:>9}  {row.matrix:<12}{row.fault}"
     )
 
@@ -178,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = p.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         p.error("Triton's interpreter is on; unset TRITON_INTERPRET to compile")
-    head = f"{'op':<16}{'kernel':<18}{'type':<6}{'target':<8}{'warps':>5}"
+    head = f"{'op':<34}{'kernel':<18}{'type':<6}{'target':<8}{'warps':>5}"
     print(f"{head}{'registers':>10}{'stack':>7}{'shared':>9}  matrix")
     faults = 0
     for row in compile_all(args.ops, args.dtypes, args.targets):

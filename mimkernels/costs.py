@@ -152,6 +152,58 @@ def grouped_linear(
     return Costs(Cost(flops, read + _read(bias) + out), Cost(2 * flops, out + read + gradients))
 
 
+def layernorm_modulate(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    shift2: Tensor | None,
+    scale2: Tensor | None,
+    eps: float,
+) -> Costs:
+    """x [B,T,C] in, one or two of its size out."""
+    pairs = (shift, scale, None, None, shift2, scale2)
+    return gated_residual_layernorm_modulate(x, None, None, *pairs, eps)
+
+
+def gated_residual_layernorm_modulate(
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    y2: Tensor | None,
+    gate2: Tensor | None,
+    shift2: Tensor | None,
+    scale2: Tensor | None,
+    eps: float,
+) -> Costs:
+    """x, y (and y2) [B,T,C] in; the new x (unless y is None) and one or two outputs."""
+    small = (y, y2, gate, gate2, shift, scale, shift2, scale2)
+    out = _whole(x) * ((y is not None) + (1 if scale2 is None else 2))
+    read = _read(x) + sum(_read(v) for v in small)
+    again = read - _read(shift) - _read(shift2)
+    gradients = _whole(x) + sum(_whole(v) for v in small)
+    return Costs(Cost(0, read + out), Cost(0, out + again + gradients))
+
+
+def joint_qkv(
+    qkvs: Sequence[Tensor],
+    q_norm_weights: Sequence[Tensor | None] | None,
+    k_norm_weights: Sequence[Tensor | None] | None,
+    heads: int,
+    eps: float,
+) -> Costs:
+    """Each stream [B,T,3·h·d], or [B,T,2·h·d] without queries, is read and written once."""
+    none, inner = [None] * len(qkvs), max(x.shape[2] for x in qkvs) // 3
+    forward = backward = 0
+    for x, *weights in zip(qkvs, q_norm_weights or none, k_norm_weights or none, strict=True):
+        parts, small = x.shape[2] // inner, sum(_read(w) for w in weights)
+        normed = sum(w is not None for w in weights[3 - parts :])
+        forward += _read(x) + _whole(x) + small
+        backward += 2 * _whole(x) + _read(x) * normed // parts + 2 * small
+    return Costs(Cost(0, forward), Cost(0, backward))
+
+
 COSTS: dict[str, Callable[..., Costs]] = {
     count.__name__: count
     for count in (
@@ -161,6 +213,9 @@ COSTS: dict[str, Callable[..., Costs]] = {
         expert_combine,
         expert_depthwise3x3,
         grouped_linear,
+        layernorm_modulate,
+        gated_residual_layernorm_modulate,
+        joint_qkv,
     )
 }
 
