@@ -155,18 +155,19 @@ class MiM(nn.Module):
         count, pictures = u.shape[:2]
         # Layers become pictures of their own, with experts of their own: number l·E + e.
         first = torch.arange(count, device=u.device).view(-1, 1, 1, 1) * self.experts
-        index = (chosen.index + first).flatten(0, 1)  # [P,G,k]
-        gate = (chosen.inter.unsqueeze(-1) * chosen.intra).flatten(0, 1).to(u.dtype)
+        number = (chosen.index + first).flatten(0, 1).transpose(0, 1).contiguous()  # [G,P,k]
+        weight = (chosen.inter.unsqueeze(-1) * chosen.intra).to(u.dtype)
+        weight = weight.flatten(0, 1).transpose(0, 1).contiguous()  # [G,P,k]
         y, u = y.flatten(0, 1), u.flatten(0, 1)  # [P,T,d]
         mixed, left = y, []
-        for g, bank in enumerate(self.banks):
-            added, projection = bank(u, y, grid, index[:, g], gate[:, g], layers)
+        for bank, index, gate in zip(self.banks, number, weight, strict=True):
+            added, projection = bank(u, y, grid, index, gate, layers)
             mixed = mixed if added is None else mixed + added
             if projection is not None:
-                left.append((*projection, index[:, g], gate[:, g]))
+                left.append((*projection, index, gate))
         if left:
-            slots, weight, bias, index, gate = (list(part) for part in zip(*left, strict=True))
-            mixed = expert_combine(slots, weight, index, gate, bias=bias, residual=mixed)
+            slots, weights, biases, indices, gates = (list(p) for p in zip(*left, strict=True))
+            mixed = expert_combine(slots, weights, indices, gates, bias=biases, residual=mixed)
         # [l,B·T,d] times [l,d,D].
         tokens = mixed.unflatten(0, (count, pictures)).flatten(1, 2)
         bias = self.zero_bias[layers].unsqueeze(1)

@@ -47,11 +47,13 @@ def matrix_tile(
     # No tile much larger than the output; 16 is the least that matrix instructions take.
     m, n = (max(16, min(side, 1 << (size - 1).bit_length())) for size in (rows, columns))
     # Only wgmma and tcgen05 read both operands from shared memory, not from registers.
-    inner = 64 if itemsize == 2 and architecture in ("sm_90", "sm_100") else 32
+    inner = 64 if architecture in ("sm_90", "sm_100") else 32
     stages = 2 if architecture == "gfx942" else 4 if large and itemsize == 2 else 3
-    if itemsize >= 4 and accumulators > 1:
+    if itemsize >= 4:
         # Without tensor cores the operands sit in registers, too: more of them spills.
-        m, stages = 16, 2
+        m, inner, stages = min(m, 32), 16, 2
+        if accumulators > 1:
+            m, n = 16, min(n, 32)
     warps = 8 if m * n > 64 * 128 else 4
     return Tile(m, n, inner, warps, stages)
 

@@ -36,6 +36,9 @@ def add_group(
     stride_xb,
     stride_xs,
     stride_xt,
+    stride_we,
+    stride_wn,
+    stride_be,
     HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -43,7 +46,7 @@ def add_group(
     PRECISION: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
 ):
-    """acc + Σ over the slots of one group; weight [E,N,K] and bias [E,N] dense."""
+    """acc + Σ over the slots of one group."""
     o_t = i_t * ROWS + tl.arange(0, ROWS)
     o_n = i_n * COLUMNS + tl.arange(0, COLUMNS)
     o_k = tl.arange(0, INNER)
@@ -53,12 +56,12 @@ def add_group(
         expert = tl.load(index + i_b * slots + i_s).to(tl.int64)
         scale = tl.load(gate + i_b * slots + i_s).to(ACCUMULATOR)
         p_x = x + o_t.to(tl.int64)[:, None] * stride_xt + o_k[None, :]
-        p_w = weight + (expert * columns + o_n)[None, :] * inner + o_k[:, None]
+        p_w = weight + expert * stride_we + o_n.to(tl.int64)[None, :] * stride_wn + o_k[:, None]
         part = multiply(
             p_x, p_w, m_t, m_n, inner, 1, 1, ROWS, COLUMNS, INNER, PRECISION, ACCUMULATOR
         )
         if HAS_BIAS:
-            b_bias = tl.load(bias + expert * columns + o_n, mask=m_n, other=0.0)  # [COLUMNS]
+            b_bias = tl.load(bias + expert * stride_be + o_n, mask=m_n, other=0.0)  # [COLUMNS]
             part += b_bias.to(ACCUMULATOR)[None, :]
         acc += scale * part
         x += stride_xs
@@ -79,6 +82,9 @@ def forward_kernel(
     stride_xb0,
     stride_xs0,
     stride_xt0,
+    stride_we0,
+    stride_wn0,
+    stride_be0,
     x1,
     weight1,
     bias1,
@@ -89,6 +95,9 @@ def forward_kernel(
     stride_xb1,
     stride_xs1,
     stride_xt1,
+    stride_we1,
+    stride_wn1,
+    stride_be1,
     x2,
     weight2,
     bias2,
@@ -99,6 +108,9 @@ def forward_kernel(
     stride_xb2,
     stride_xs2,
     stride_xt2,
+    stride_we2,
+    stride_wn2,
+    stride_be2,
     x3,
     weight3,
     bias3,
@@ -109,6 +121,9 @@ def forward_kernel(
     stride_xb3,
     stride_xs3,
     stride_xt3,
+    stride_we3,
+    stride_wn3,
+    stride_be3,
     tokens,
     columns,
     stride_rb,
@@ -138,22 +153,26 @@ def forward_kernel(
         acc += tl.load(p_r, mask=mask, other=0.0).to(ACCUMULATOR)
     acc = add_group(
         acc, x0, weight0, bias0, index0, gate0, i_b, i_t, i_n, slots0, tokens, columns, inner0,
-        stride_xb0, stride_xs0, stride_xt0, BIAS0, ROWS, COLUMNS, INNER, PRECISION, ACCUMULATOR,
+        stride_xb0, stride_xs0, stride_xt0, stride_we0, stride_wn0, stride_be0,
+        BIAS0, ROWS, COLUMNS, INNER, PRECISION, ACCUMULATOR,
     )  # fmt: skip
     if COUNT > 1:
         acc = add_group(
             acc, x1, weight1, bias1, index1, gate1, i_b, i_t, i_n, slots1, tokens, columns, inner1,
-            stride_xb1, stride_xs1, stride_xt1, BIAS1, ROWS, COLUMNS, INNER, PRECISION, ACCUMULATOR,
+            stride_xb1, stride_xs1, stride_xt1, stride_we1, stride_wn1, stride_be1,
+            BIAS1, ROWS, COLUMNS, INNER, PRECISION, ACCUMULATOR,
         )  # fmt: skip
     if COUNT > 2:
         acc = add_group(
             acc, x2, weight2, bias2, index2, gate2, i_b, i_t, i_n, slots2, tokens, columns, inner2,
-            stride_xb2, stride_xs2, stride_xt2, BIAS2, ROWS, COLUMNS, INNER, PRECISION, ACCUMULATOR,
+            stride_xb2, stride_xs2, stride_xt2, stride_we2, stride_wn2, stride_be2,
+            BIAS2, ROWS, COLUMNS, INNER, PRECISION, ACCUMULATOR,
         )  # fmt: skip
     if COUNT > 3:
         acc = add_group(
             acc, x3, weight3, bias3, index3, gate3, i_b, i_t, i_n, slots3, tokens, columns, inner3,
-            stride_xb3, stride_xs3, stride_xt3, BIAS3, ROWS, COLUMNS, INNER, PRECISION, ACCUMULATOR,
+            stride_xb3, stride_xs3, stride_xt3, stride_we3, stride_wn3, stride_be3,
+            BIAS3, ROWS, COLUMNS, INNER, PRECISION, ACCUMULATOR,
         )  # fmt: skip
     p_out = out + (i_b * tokens + o_t)[:, None] * columns + o_n[None, :]
     tl.store(p_out, acc.to(out.dtype.element_ty), mask=mask)
@@ -177,6 +196,8 @@ def input_kernel(
     stride_xb,
     stride_xs,
     stride_xt,
+    stride_we,
+    stride_wn,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
@@ -199,9 +220,9 @@ def input_kernel(
     o_n = tl.arange(0, INNER)
     m_t, m_k = o_t < tokens, o_k < inner
     p_g = grad + i_b * stride_gb + o_t.to(tl.int64)[:, None] * stride_gt + o_n[None, :]
-    p_w = weight + (expert * columns + o_n)[:, None] * inner + o_k[None, :]
+    p_w = weight + expert * stride_we + o_n.to(tl.int64)[:, None] * stride_wn + o_k[None, :]
     acc = multiply(
-        p_g, p_w, m_t, m_k, columns, 1, inner, ROWS, COLUMNS, INNER, PRECISION, ACCUMULATOR
+        p_g, p_w, m_t, m_k, columns, 1, stride_wn, ROWS, COLUMNS, INNER, PRECISION, ACCUMULATOR
     )
     mask = m_t[:, None] & m_k[None, :]
     p_x = x + i_b * stride_xb + i_j * stride_xs + o_t.to(tl.int64)[:, None] * stride_xt
@@ -238,13 +259,15 @@ def forward(
         for x_i, weight_i, bias_i, index_i, gate_i in some + some[:1] * (GROUPS - len(some)):
             arguments += [
                 x_i,
-                weight_i.contiguous(),
-                bias_i.contiguous() if bias_i is not None else x_i,
+                weight_i,
+                bias_i if bias_i is not None else x_i,
                 index_i.contiguous(),
                 gate_i.contiguous(),
                 index_i.shape[1],
                 x_i.shape[3],
                 *x_i.stride()[:3],
+                *weight_i.stride()[:2],
+                bias_i.stride(0) if bias_i is not None else 0,
             ]
         launch(
             forward_kernel,
@@ -282,7 +305,7 @@ def backward_input(
         (tiles, pictures * slots),
         grad,
         x,
-        weight.contiguous(),
+        weight,
         index.contiguous(),
         gate.contiguous(),
         dx,
@@ -293,6 +316,7 @@ def backward_input(
         inner,
         *grad.stride()[:2],
         *x.stride()[:3],
+        *weight.stride()[:2],
         **matrix_options(tile, x.dtype),
     )
     return dx, dgate.sum(1).view(pictures, slots).to(x.dtype)

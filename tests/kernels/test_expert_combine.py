@@ -143,3 +143,19 @@ def test_bad_arguments() -> None:
         expert_combine(x, weight, index, gate, bias=bias, residual=residual[:, 1:])
     with pytest.raises(ValueError, match="weight: expected shape"):
         expert_combine([x, x], [weight, weight[:, 1:]], [index] * 2, [gate] * 2)
+
+
+@interpreted
+def test_banks_may_be_slices_and_gradients_expanded() -> None:
+    x, _, index, gate, _, _ = (v[0] if isinstance(v, list) else v for v in inputs(1))
+    x, gate = x.double(), gate.double()
+    bank = torch.randn(4, 2, 12, x.shape[3], dtype=torch.float64)
+    biases = torch.randn(4, 2, 12, dtype=torch.float64)
+    grads = []
+    for backend in ("triton", "torch"):
+        leaves = [v.detach().requires_grad_() for v in (x, bank, gate, biases)]
+        weight, bias = leaves[1][:, 1], leaves[3][:, 1]
+        out = expert_combine(leaves[0], weight, index, leaves[2], bias=bias, backend=backend)
+        grads.append([out, *torch.autograd.grad(out.sum(), leaves)])
+    for found, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(found, expected)
