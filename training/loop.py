@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -66,17 +66,13 @@ def sample_times(batch: int, settings: Settings, generator: torch.Generator) -> 
 
 
 def flow_loss(
-    model: MiMDiTTransformer2DModel,
-    x0: Tensor,
-    z_lq: Tensor,
-    t: Tensor,
-    noise: Tensor,
-    damage: Tensor | None = None,
+    model: MiMDiTTransformer2DModel, x0: Tensor, z_lq: Tensor, t: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted velocity error; x0, z_lq, noise [B,c,h,w], t [B].
+    """Velocity error; x0, z_lq, noise [B,c,h,w], t [B].
 
-    damage [B]: expected mean square of x0 − z_lq (by default that of each picture), for models that
-    predict from the damaged latents: their loss is divided by nearly the error of a zero output.
+    Its weighted mean; for models that predict from the damaged latents the mean of its logarithm,
+    which is the mean PSNR of what they predict: darkness and haze, with errors that are larger by
+    far and can never be small, then do not drown noise and rain.
 
     Returns the loss, and of the routing taken the mean inter weights [L,B,G] and the picks
     [L,B,G,E].
@@ -85,17 +81,17 @@ def flow_loss(
     condition = model.encode_condition(z_lq)
     v = model(x_t, 1000 * t, condition).sample
     error = (v.float() - (noise - x0)).square().mean(dim=(1, 2, 3))
-    weight = flow.loss_weight(model.config["prediction_type"], t, model.config["damage_std"])
-    if flow.reads_damage(model.config["prediction_type"]):
-        # Else darkness and haze drown noise and rain.
-        scale = model.config["damage_std"] ** -2
-        if damage is None:
-            damage = (x0 - z_lq).square().mean(dim=(1, 2, 3))
-        near, far = (1 - t) ** 2, scale * t**2
-        weight = weight / (0.05 + (near + far * scale * damage) / (near + far)) ** 0.75
+    kind = model.config["prediction_type"]
+    error = flow.loss_weight(kind, t, model.config["damage_std"]) * error
+    if flow.reads_damage(kind):
+        error = (error + _NEGLIGIBLE).log()
     routing = condition.routing
     picks = torch.nn.functional.one_hot(routing.index, model.mim.experts).sum(-2)
-    return (weight * error).mean(), routing.inter, picks
+    return error.mean(), routing.inter, picks
+
+
+# An error that is hardly worth reducing: about 41 dB.
+_NEGLIGIBLE = 2e-3
 
 
 def balance_loss(model: MiMDiTTransformer2DModel, pooled: Tensor, picks: Tensor) -> Tensor:
@@ -117,29 +113,8 @@ def stage_of(step: int, settings: Settings) -> tuple[int, int]:
     return settings.stages[-1][:2]
 
 
-class DamageScale:
-    """Mean squared damage of each mixture of kinds, learned as a run goes on.
-
-    Dividing by each picture's own damage instead would favour weak corrections: where haze or
-    darkness can be guessed only roughly, the error of guessing too little counts more.
-    """
-
-    def __init__(self) -> None:
-        self.means: dict[str, tuple[float, int]] = {}
-
-    def __call__(self, kinds: Sequence[str], damage: Tensor) -> Tensor:
-        """Means [B] of the pictures' kinds, these pictures' damage [B] among them."""
-        for kind, value in zip(kinds, damage.tolist(), strict=True):
-            mean, count = self.means.get(kind, (0.0, 0))
-            self.means[kind] = (mean + (value - mean) / (count + 1), min(count + 1, 1000))
-        return damage.new_tensor([self.means[kind][0] for kind in kinds])
-
-
-def _pairs(step: int, settings: Settings) -> Iterator[tuple[Tensor, Tensor, Sequence[str]]]:
-    """Clean and damaged pictures and their kinds from `step` on.
-
-    Crops grow by stage, resumed runs see new ones.
-    """
+def _pairs(step: int, settings: Settings) -> Iterator[tuple[Tensor, Tensor]]:
+    """Clean and damaged pictures from `step` on; crops grow by stage, resumed runs see new ones."""
     while True:
         crop, batch = stage_of(step, settings)
         dataset = PairDataset(
@@ -149,7 +124,7 @@ def _pairs(step: int, settings: Settings) -> Iterator[tuple[Tensor, Tensor, Sequ
         for pair in loader:
             if stage_of(step, settings) != (crop, batch):
                 break
-            yield pair["clean"], pair["damaged"], pair["kinds"]
+            yield pair["clean"], pair["damaged"]
             step += 1
 
 
@@ -191,7 +166,7 @@ def train(
     accelerator.register_for_checkpointing(ema)
     step = _resume(accelerator, out, resume)
     generator = torch.Generator().manual_seed(settings.seed + 7 * step)
-    pairs, scale = _pairs(step, settings), DamageScale()
+    pairs = _pairs(step, settings)
     log = (out / "log.jsonl").open("a")
     bar = tqdm(total=settings.steps, initial=step)
     window: list[_Part] = []
@@ -199,12 +174,9 @@ def train(
     model.train()
     while step < settings.steps:
         for _ in range(settings.accumulation):
-            clean, damaged, kinds = next(pairs)
+            clean, damaged = next(pairs)
             with accelerator.accumulate(model):
-                damage = scale(kinds, 4 * (clean - damaged).square().mean(dim=(1, 2, 3)))
-                loss, inter, picks = _loss(
-                    model, codec, clean, damaged, damage, settings, generator
-                )
+                loss, inter, picks = _loss(model, codec, clean, damaged, settings, generator)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(trained, settings.clip)
@@ -236,14 +208,10 @@ def _loss(
     codec: Codec,
     clean: Tensor,
     damaged: Tensor,
-    damage: Tensor,
     settings: Settings,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss of one batch of pictures [B,3,H,W] in [0,1]; otherwise as `flow_loss`.
-
-    damage [B]: expected mean squared difference, of pictures in [−1,1].
-    """
+    """Loss of one batch of pictures [B,3,H,W] in [0,1]; otherwise as `flow_loss`."""
     device = next(model.parameters()).device
     with torch.no_grad():
         x0 = encode(codec, clean.to(device) * 2 - 1)
@@ -259,7 +227,7 @@ def _loss(
         model.position_offset(top, left),
         torch.autocast(device.type, torch.bfloat16, enabled=settings.mixed_precision == "bf16"),
     ):
-        loss, inter, picks = flow_loss(model, x0, z_lq, t, noise, damage.to(device))
+        loss, inter, picks = flow_loss(model, x0, z_lq, t, noise)
         if settings.balance:
             pooled = model.pool_condition(z_lq)
             loss = loss + settings.balance * balance_loss(model, pooled, picks)
