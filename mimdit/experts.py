@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mimkernels import expert_depthwise3x3, expert_linear
+from mimkernels import expert_depthwise3x3, expert_linear, window_attention
 
 Grid = tuple[int, int]
 
@@ -141,70 +141,16 @@ class SwinExperts(nn.Module):
             )
         )
         qkv = expert_linear(x, qkv_weight, index, qkv_bias)
-        out = window_attention(qkv, table[index], grid, self.heads, self.window, shift)
+        planes = qkv.unflatten(2, grid)
+        out = window_attention(
+            planes, table, window=self.window, heads=self.heads, shift=shift, index=index
+        ).flatten(2, 3)
         return Projection(out, weight, bias)
 
 
 def gated_sum(gate: Tensor, slots: Tensor) -> Tensor:
     """Σ_j gate[p,j]·slots[p,j]: [P,k] and [P,k,T,d] → [P,T,d]."""
     return torch.einsum("pj,pjtd->ptd", gate.to(slots.dtype), slots)
-
-
-def window_attention(
-    qkv: Tensor, table: Tensor, grid: Grid, heads: int, window: int, shift: int
-) -> Tensor:
-    """Attention inside (shifted) windows; qkv [B,k,T,3d], table [B,k,(2M−1)²,heads] → [B,k,T,d].
-
-    A grid that the window does not divide is padded; padded tokens are masked as keys.
-    """
-    height, width = grid
-    m = window
-    x = rearrange(qkv, "b j (h w) c -> (b j) h w c", h=height, w=width)
-    x = F.pad(x, (0, 0, 0, -width % m, 0, -height % m))
-    x = torch.roll(x, (-shift, -shift), (1, 2))
-    padded_h, padded_w = x.shape[1:3]
-    q, k, v = rearrange(x, "n (y m) (x p) (s h c) -> s n (y x) h (m p) c", m=m, p=m, s=3, h=heads)
-    bias = table[:, :, relative_position(m, table.device)]  # [B,k,M²,M²,heads]
-    bias = rearrange(bias, "b j p q h -> (b j) 1 h p q")
-    region = window_regions(grid, m, shift, table.device)  # [windows, M²]
-    apart = region[:, :, None] != region[:, None, :]
-    bias = bias.to(q.dtype).masked_fill(apart[None, :, None], float("-inf"))
-    out = F.scaled_dot_product_attention(
-        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), attn_mask=bias.flatten(0, 1)
-    )
-    out = rearrange(
-        out, "(n y x) h (m p) c -> n (y m) (x p) (h c)", y=padded_h // m, x=padded_w // m, m=m
-    )
-    out = torch.roll(out, (shift, shift), (1, 2))[:, :height, :width]
-    return rearrange(out, "(b j) h w c -> b j (h w) c", b=qkv.shape[0])
-
-
-def relative_position(window: int, device: torch.device) -> Tensor:
-    """Row of the bias table for each pair of places in a window, [M²,M²] (Swin's order)."""
-    place = torch.arange(window, device=device)
-    offset = place[:, None] - place[None, :] + window - 1
-    rows, columns = offset[:, None, :, None], offset[None, :, None, :]
-    return (rows * (2 * window - 1) + columns).reshape(window**2, window**2)
-
-
-def window_regions(grid: Grid, window: int, shift: int, device: torch.device) -> Tensor:
-    """A number for each token of each window, [windows, M²]; equal numbers may attend.
-
-    Separates what the cyclic shift brought together, and padded tokens from real ones.
-    """
-    labels = []
-    for size in grid:
-        padded = size + -size % window
-        place = torch.arange(padded, device=device)
-        real = (place < size).long()
-        # After the roll the last `shift` rows come from the other edge of the picture.
-        wrapped = (place < shift).long()
-        labels.append(torch.roll(real * 2 + wrapped, -shift))
-    region = labels[0][:, None] * 4 + labels[1][None, :]
-    # All padded tokens are one region: which of the two sides they lie on does not matter.
-    is_real = (labels[0][:, None] >= 2) & (labels[1][None, :] >= 2)
-    region = torch.where(is_real, region, -torch.ones_like(region))
-    return rearrange(region, "(y m) (x p) -> (y x) (m p)", m=window, p=window)
 
 
 class SEExperts(nn.Module):

@@ -14,6 +14,7 @@ from mimkernels.image_gate import image_gate
 from mimkernels.joint_qkv import joint_qkv, joint_qkv_
 from mimkernels.layernorm_modulate import layernorm_modulate
 from mimkernels.topk_route import Route, topk_route
+from mimkernels.window_attention import window_attention
 
 __all__ = [
     "Route",
@@ -29,4 +30,5 @@ __all__ = [
     "layernorm_modulate",
     "topk_route",
     "use_backend",
+    "window_attention",
 ]

@@ -32,6 +32,7 @@ OPS = (
     "layernorm_modulate",
     "gated_residual_layernorm_modulate",
     "joint_qkv",
+    "window_attention",
 )
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _TYPES = {

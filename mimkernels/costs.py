@@ -142,7 +142,7 @@ def grouped_linear(
     x: Tensor, weight: Tensor, route: "Route", bias: Tensor | None, gather: bool, combine: bool
 ) -> Costs:
     """x [N,K] or [N·k,K], weight [E,M,K]; every expert may be picked."""
-    (tokens, slots), (columns, inner) = route.index.shape, weight.shape[1:]
+    (tokens, slots), (columns, inner) = route.experts.shape, weight.shape[1:]
     flops = 2 * tokens * slots * columns * inner
     out = tokens * (1 if combine else slots) * columns * x.element_size()
     read = _read(x) + _read(weight) + _read(route.permutation) + _read(route.offsets)
@@ -204,6 +204,25 @@ def joint_qkv(
     return Costs(Cost(0, forward), Cost(0, backward))
 
 
+def window_attention(
+    qkv: Tensor,
+    table: Tensor,
+    window: int,
+    heads: int,
+    shift: int | tuple[int, int],
+    scale: float | None,
+    index: Tensor | None,
+    pad_value: Tensor | None,
+    roll_first: bool,
+) -> Costs:
+    """qkv [B,(k,)H,W,3C]; every token has M² keys."""
+    flops, out = 4 * qkv.numel() // 3 * window**2, _whole(qkv) // 3
+    tables = _read(table) if index is None else _picked(table, index) + _read(index)
+    read = _read(qkv) + tables + _read(pad_value)
+    gradients = _whole(qkv) + _whole(table) + _whole(pad_value)
+    return Costs(Cost(flops, read + out), Cost(5 * flops // 2, out + read + gradients))
+
+
 COSTS: dict[str, Callable[..., Costs]] = {
     count.__name__: count
     for count in (
@@ -216,6 +235,7 @@ COSTS: dict[str, Callable[..., Costs]] = {
         layernorm_modulate,
         gated_residual_layernorm_modulate,
         joint_qkv,
+        window_attention,
     )
 }
 

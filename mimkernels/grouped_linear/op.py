@@ -47,12 +47,12 @@ def grouped_linear(
     _check(x, weight, route, bias, gather)
     if not runs_triton(backend, x):
         return grouped_linear_reference(x, weight, route, bias, gather=gather, combine=combine)
-    routed = (route.weights, route.index, route.offsets, route.permutation)
+    routed = (route.weights, route.experts, route.offsets, route.permutation)
     return _GroupedLinear.apply(x, weight, bias, *routed, gather, combine)
 
 
 def _check(x: Tensor, weight: Tensor, route: Route, bias: Tensor | None, gather: bool) -> None:
-    tokens, k = route.index.shape
+    tokens, k = route.experts.shape
     check_shape("x", x, (tokens if gather else tokens * k, None))
     check_float("x", x)
     check_shape("weight", weight, (len(route.counts), None, x.shape[1]))

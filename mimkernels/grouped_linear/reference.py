@@ -21,7 +21,7 @@ def grouped_linear_reference(
     combine: bool = False,
 ) -> Tensor:
     """x [N,K] or sorted [N·k,K], weight [E,M,K], bias [E,M] → sorted [N·k,M] or [N,M]."""
-    tokens, k = route.index.shape
+    tokens, k = route.experts.shape
     if gather:
         x = x[route.permutation // k]
     rows = torch.arange(tokens * k, device=x.device)

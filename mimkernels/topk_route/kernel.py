@@ -63,17 +63,17 @@ def pick_kernel(
     broken = tl.sum(tl.where(b_x != b_x, 1, 0), axis=1) > 0  # [ROWS]
     b_x = tl.where(b_x == b_x, b_x, 0.0)
     top = tl.max(b_x, axis=1)
-    shifted = tl.exp(b_x - top[:, None])
+    score = tl.exp(b_x - top[:, None])
     if NORM == "sigmoid":
         score = 1 / (1 + tl.exp(-b_x))
     if NORM == "softmax":
-        score = shifted / tl.sum(shifted, axis=1)[:, None]
+        score = score / tl.sum(score, axis=1)[:, None]
     left = tl.where(m_e[None, :], b_x, float("-inf"))
     if NORM == "topk":
         taken = tl.zeros([ROWS, EXPERTS], dtype=tl.int32)
         for _ in tl.static_range(K):
             taken += tl.where(best_of(left, taken, o_e, m_e, EXPERTS), 1, 0)
-        score = tl.where(taken > 0, shifted, 0.0)
+        score = tl.where(taken > 0, score, 0.0)
         score = score / tl.sum(score, axis=1)[:, None]
     taken = tl.zeros([ROWS, EXPERTS], dtype=tl.int32)
     for i_k in tl.static_range(K):

@@ -15,14 +15,14 @@ from mimkernels.topk_route.reference import NORMS, topk_route_reference
 class Route(NamedTuple):
     """Where N tokens go with k picks each; a slot is one pick, number token·k + pick.
 
-    weights [N,k] (float32 or wider) and index [N,k]: of the picks, the largest first.
+    weights [N,k] (float32 or wider) and experts [N,k]: of the picks, the largest first.
     counts [E]: slots of each expert; offsets [E]: their cumulative sums, where each expert's rows
     end. permutation [N·k]: the slot in each row of the order sorted by expert, then by slot;
     inverse [N·k]: the row of each slot. All but weights are int32.
     """
 
     weights: Tensor
-    index: Tensor
+    experts: Tensor
     counts: Tensor
     offsets: Tensor
     permutation: Tensor

@@ -23,7 +23,8 @@ def test_comparators_are_equal_to_the_reference(op: str, size: kernel_cases.Size
     case = make(op, size, torch.float32, CPU)
     grads, wanted = kernels.oracle(case)
     others = {name: run for name, run in case.comparators.items() if callable(run)}
-    assert others or op == "topk_route"  # its reference is what others do
+    # Where there are none, the reference is what others do.
+    assert others or op not in ("image_gate", "expert_linear", "expert_combine", "grouped_linear")
     for name, run in others.items():
         for pass_, call in kernels.PASSES.items():
             error = kernels.difference(call(run, case.tensors, grads), wanted[pass_])

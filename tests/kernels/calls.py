@@ -16,6 +16,7 @@ from mimkernels import (
     joint_qkv,
     layernorm_modulate,
     topk_route,
+    window_attention,
 )
 
 Call = tuple[Callable[..., object], list[Tensor]]
@@ -72,6 +73,12 @@ def calls(device: str) -> dict[str, Call]:
         "gated_residual_layernorm_modulate": (
             lambda x, y, *rest: gated_residual_layernorm_modulate(x, y, *rest, backend="triton"),
             [residual, draw(2, 9, 8), draw(2, 8), draw(2, 8), draw(2, 8)],
+        ),
+        "window_attention": (
+            lambda x, t, i: window_attention(
+                x, t, window=2, heads=2, shift=1, index=i, backend="triton"
+            ),
+            [draw(2, 2, 3, 4, 12), draw(3, 9, 2), index],
         ),
         "joint_qkv": (
             lambda x, y, q, k: joint_qkv([x, y], [q, None], [k, None], heads=2, backend="triton"),

@@ -5,11 +5,18 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mimkernels import expert_combine, expert_depthwise3x3, expert_linear, image_gate
+from mimkernels import (
+    expert_combine,
+    expert_depthwise3x3,
+    expert_linear,
+    image_gate,
+    window_attention,
+)
 from mimkernels.expert_combine import expert_combine_reference
 from mimkernels.expert_depthwise3x3 import expert_depthwise3x3_reference
 from mimkernels.expert_linear import expert_linear_reference
 from mimkernels.image_gate import image_gate_reference
+from mimkernels.window_attention import window_attention_reference
 from tests.kernels.common import compare
 
 pytestmark = pytest.mark.gpu
@@ -40,6 +47,11 @@ def calls() -> dict[str, tuple[Callable, Callable, list[torch.Tensor]]]:
             lambda x, w, i, g, b, r: expert_combine_reference([x], [w], [i], [g], [b], r),
             [slots, weight, index, gate, bias, residual],
         ),
+        "window_attention": (
+            lambda x, t, i: window_attention(x, t, window=8, heads=12, shift=4, index=i),
+            lambda x, t, i: window_attention_reference(x, t, i, window=8, heads=12, shift=(4, 4)),
+            [draw(2, SLOTS, 64, 64, 3 * WIDTH), draw(EXPERTS, 225, 12), index],
+        ),
         "image_gate": (
             lambda x, w, b: image_gate(x, w, b, groups=4, experts=4, k=2)[1],
             lambda x, w, b: image_gate_reference(x, w, b, 4, 4, 2)[1],
@@ -48,7 +60,13 @@ def calls() -> dict[str, tuple[Callable, Callable, list[torch.Tensor]]]:
     }
 
 
-NAMES = ("expert_linear", "expert_depthwise3x3", "expert_combine", "image_gate")
+NAMES = (
+    "expert_linear",
+    "expert_depthwise3x3",
+    "expert_combine",
+    "window_attention",
+    "image_gate",
+)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -41,7 +41,7 @@ def inputs(
 ) -> list[Tensor]:
     """x, weight, bias, and the gate, which stays wide."""
     g = torch.Generator().manual_seed(seed)
-    tokens, k = route.index.shape
+    tokens, k = route.experts.shape
     experts = len(route.counts)
     wide = torch.promote_types(dtype, torch.float32)
     return [

@@ -63,7 +63,7 @@ def test_any_shape(tokens: int, experts: int, norm: str, data: st.DataObject) ->
 
 def test_rows_are_sorted_by_expert_and_then_by_slot() -> None:
     route = triton_op(logits(200, 5), 3)
-    order = route.index.flatten()[route.permutation.long()]
+    order = route.experts.flatten()[route.permutation.long()]
     assert (order.diff() >= 0).all()
     same = order.diff() == 0
     assert (route.permutation.diff()[same] > 0).all()
@@ -85,9 +85,9 @@ def test_impossible_and_broken_logits() -> None:
     x[1, 2] = float("nan")
     route = triton_op(x, 2)
     # Experts that are ruled out are picked in order, with no weight.
-    assert route.index[0].tolist() == [0, 1] and route.weights[0].tolist() == [1, 0]
+    assert route.experts[0].tolist() == [0, 1] and route.weights[0].tolist() == [1, 0]
     assert route.weights[1].isnan().all() and not route.weights[2].isnan().any()
-    assert ((route.index >= 0) & (route.index < 4)).all()
+    assert ((route.experts >= 0) & (route.experts < 4)).all()
 
 
 def test_runs_repeat() -> None:

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mimdit.experts import window_attention as experts_window_attention
 from mimkernels.window_attention import window_attention, window_attention_reference
 from tests.kernels.common import (
     DEVICE,
@@ -240,22 +239,6 @@ def assert_equal_with_gradients(
     found, wanted = with_gradients(ours, args), with_gradients(theirs, args)
     for a, b in zip((found[0], *found[1]), (wanted[0], *wanted[1]), strict=True):
         torch.testing.assert_close(a, b, rtol=error, atol=error)
-
-
-@interpreted
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shift", [0, 2])
-def test_equals_that_of_the_experts(shift: int, backend: str) -> None:
-    def ours(qkv: Tensor, table: Tensor, index: Tensor) -> Tensor:
-        return window_attention(
-            qkv, table, window=4, heads=2, shift=shift, index=index, backend=backend
-        )
-
-    def theirs(qkv: Tensor, table: Tensor, index: Tensor) -> Tensor:
-        out = experts_window_attention(qkv.flatten(2, 3), table[index], (6, 7), 2, 4, shift)
-        return out.unflatten(2, (6, 7))
-
-    assert_equal_with_gradients(ours, theirs, inputs(grid=(6, 7)), 1e-5)
 
 
 def swin(args: list[Tensor], backend: str, **options: Any) -> Tensor:

@@ -11,10 +11,9 @@ from mimdit.experts import (
     SEExperts,
     SpatialExperts,
     SwinExperts,
-    relative_position,
-    window_regions,
 )
 from mimkernels import expert_combine
+from mimkernels.window_attention.reference import relative_position, window_regions
 
 DIM, EXPERT_COUNT, LAYERS = 64, 3, 2
 GRIDS = [(8, 8), (5, 7), (16, 9), (1, 1)]
@@ -112,7 +111,7 @@ def test_relative_position_is_swins() -> None:
 
 
 def test_padding_and_wrapped_rows_are_apart() -> None:
-    region = window_regions((8, 6), 4, 2, torch.device("cpu"))
+    region = window_regions((8, 6), 4, (2, 2), torch.device("cpu"))
     # The last window of an 8×6 plane, padded to 8×8 and shifted by 2, holds padding and wrapped
     # tokens.
     assert len(set(region[-1].tolist())) > 1
