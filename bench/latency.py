@@ -19,7 +19,9 @@ from torch import Tensor
 
 from bench import measure
 from bench.plots import latency_bars
+from mimdit.engine import Engine
 from mimdit.loading import PRECISIONS, WEIGHTS, load_pipeline
+from mimdit.mim import Routing
 from mimdit.presets import PRESETS, build
 from mimdit.transformer import Condition, MiMDiTTransformer2DModel
 
@@ -32,13 +34,15 @@ Row = dict[str, Any]
 class Variant:
     """One way to run the model: `encode(z_lq)` → condition, `step(x, t, condition)` → raw output.
 
-    cached: whether all steps share one condition.
+    cached: whether all steps share one condition. equal: whether its results should be the
+    reference's; the bare backbone, which sees no condition, is there to compare with.
     """
 
     name: str
     encode: Callable[[Tensor], Condition]
     step: Callable[[Tensor, Tensor, Condition], Tensor]
     cached: bool
+    equal: bool = True
 
     def picture(self, x: Tensor, z: Tensor, steps: int) -> Tensor:
         """Euler steps of equal length from noise x to a latent; both [B,c,h,w].
@@ -54,7 +58,8 @@ class Variant:
 
 
 def variants_of(model: MiMDiTTransformer2DModel) -> list[Variant]:
-    """The reference as the equations say, and with the conditioning computed once."""
+    """The reference as the equations say and with the conditioning computed once, the engine with
+    and without a graph, and the bare backbone of diffusers."""
 
     def step(literal: bool) -> Callable[[Tensor, Tensor, Condition], Tensor]:
         def run(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -63,10 +68,38 @@ def variants_of(model: MiMDiTTransformer2DModel) -> list[Variant]:
 
         return run
 
-    return [
+    def accelerated(name: str, graph: bool) -> Variant:
+        engine = Engine(model, graph)
+
+        def through(call: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*arguments: Any) -> Any:
+                model.engine = engine
+                try:
+                    return call(*arguments)
+                finally:
+                    model.engine = None
+
+            return run
+
+        return Variant(name, through(model.encode_condition), through(model.predict), cached=True)
+
+    def bare(x: Tensor, t: Tensor, _: Condition) -> Tensor:
+        return model.predict(x, t, None)
+
+    found = [
         Variant("reference", model.encode_condition, step(literal=True), cached=False),
         Variant("reference-cached", model.encode_condition, step(literal=False), cached=True),
+        accelerated("engine-no-graph", graph=False),
     ]
+    if model.device.type == "cuda":
+        found.append(accelerated("engine", graph=True))
+    nothing = Condition(torch.empty(0), (), Routing(*[torch.empty(0)] * 3))
+    found.append(Variant("backbone-eager", lambda _: nothing, bare, cached=True, equal=False))
+    if model.device.type == "cuda":
+        # What a user of diffusers would run; not the blocks of the model itself, which all share.
+        compiled = torch.compile(bare, mode="max-autotune-no-cudagraphs")
+        found.append(Variant("backbone-compiled", lambda _: nothing, compiled, True, False))
+    return found
 
 
 def load(name: str, device: str, precision: str) -> MiMDiTTransformer2DModel:
@@ -109,6 +142,8 @@ def run(
         condition = variant.encode(z)
         error = variant.step(x, t, condition).float() - wanted
         relative = (error.square().mean() / wanted.square().mean()).sqrt().item()
+        if not variant.equal:
+            relative, error = None, None
         memory = measure.peak_memory_mb(lambda v=variant: v.picture(x, z, 1), device)
         flops = measure.floating_point_operations(
             lambda v=variant, c=condition: v.step(x, t, c if v.cached else v.encode(z))
@@ -116,8 +151,8 @@ def run(
         row = fixed | {
             "variant": variant.name,
             "rel_err": relative,
-            "max_err": error.abs().max().item(),
-            "parity": relative <= TOLERANCE[dtype],
+            "max_err": None if error is None else error.abs().max().item(),
+            "parity": relative is None or relative <= TOLERANCE[dtype],
             "cold_s": cold[variant.name],
             "peak_allocated_mb": memory[0],
             "peak_reserved_mb": memory[1],
@@ -161,11 +196,12 @@ def table(rows: Sequence[Row]) -> str:
                 f"{head} no speed: differs from the reference | | | | {row['rel_err']:.1e} |"
             )
             continue
+        error = "–" if row["rel_err"] is None else f"{row['rel_err']:.1e}"
         same = [r for r in rows if (r["model"], r["height"]) == (row["model"], row["height"])]
         ratio = same[0]["picture_p50_s"] / row["picture_p50_s"]
         lines.append(
             f"{head} {row['step_p50_ms']:.1f} ms | {row['picture_p50_s']:.3f} s | {ratio:.2f} | "
-            f"{row['peak_share']:.0%} | {row['rel_err']:.1e} |"
+            f"{row['peak_share']:.0%} | {error} |"
         )
     return "\n".join(lines)
 

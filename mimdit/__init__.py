@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from mimdit.codec import PixelCodec
+    from mimdit.engine import accelerate
     from mimdit.loading import load_pipeline
     from mimdit.pipeline import MiMDiTPipeline
     from mimdit.sd35 import from_sd35
@@ -17,6 +18,7 @@ _HOMES = {
     "MiMDiTPipeline": "mimdit.pipeline",
     "MiMDiTTransformer2DModel": "mimdit.transformer",
     "PixelCodec": "mimdit.codec",
+    "accelerate": "mimdit.engine",
     "from_sd35": "mimdit.sd35",
     "load_pipeline": "mimdit.loading",
 }
@@ -24,6 +26,7 @@ __all__ = [
     "MiMDiTPipeline",
     "MiMDiTTransformer2DModel",
     "PixelCodec",
+    "accelerate",
     "from_sd35",
     "load_pipeline",
 ]

@@ -17,7 +17,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mimkernels import expert_depthwise3x3, expert_linear, window_attention
+from mimkernels import (
+    channel_attention,
+    expert_depthwise3x3,
+    expert_linear,
+    squeeze_excite,
+    window_attention,
+)
 
 Grid = tuple[int, int]
 
@@ -89,13 +95,10 @@ class ChannelExperts(nn.Module):
         qkv = expert_linear(u, _flat(self.qkv_weight, layers), index)
         kernels = _flat(self.dwconv_weight, layers)
         planes = expert_depthwise3x3(qkv.unflatten(2, grid), kernels, index)
-        qkv = planes.flatten(2, 3)
-        q, k, v = rearrange(qkv, "b j t (s h c) -> s b j h c t", s=3, h=self.heads)
-        temperature = _flat(self.temperature, layers)[index][..., None, None]
-        # Normalised over the spatial axis, eps 1e-12 as torch's default.
-        gram = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-1, -2)
-        out = (gram * temperature).softmax(dim=-1).to(v.dtype) @ v
-        out = rearrange(out, "b j h c t -> b j t (h c)").contiguous()
+        # Views, [P,k,T,d] each.
+        q, k, v = planes.flatten(2, 3).chunk(3, dim=-1)
+        temperature = _flat(self.temperature, layers)
+        out = channel_attention(q, k, v, temperature, heads=self.heads, index=index)
         return None, Projection(out, _flat(self.proj_weight, layers), None)
 
 
@@ -172,11 +175,8 @@ class SEExperts(nn.Module):
             _flat(bank, layers)
             for bank in (self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
         )
-        s = u.mean(dim=1, keepdim=True)
-        s = expert_linear(s, w1, index, b1).relu()
-        s = expert_linear(s, w2, index, b2).sigmoid()  # [P,k,1,d]
         # All slots scale the same u, so their sum is one vector of scales.
-        return u * gated_sum(gate, s), None
+        return squeeze_excite(u, w1, b1, w2, b2, index=index, weight=gate), None
 
 
 def _heads(kind: str, dim: int, head_dim: int) -> int:

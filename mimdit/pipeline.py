@@ -220,15 +220,17 @@ class MiMDiTPipeline(
         z = denoiser.z_lq
         latents = randn_tensor(z.shape, generator=generator, device=z.device, dtype=z.dtype)
         self.scheduler.set_timesteps(steps, device=z.device)
-        for i, t in enumerate(cast(Tensor, self.scheduler.timesteps)):
-            # Diffusers declares FloatTensor, which no torch function is typed to return.
-            latents = self.scheduler.step(
-                denoiser(latents, t),  # pyright: ignore[reportArgumentType]
-                t,  # pyright: ignore[reportArgumentType]
-                latents,  # pyright: ignore[reportArgumentType]
-                return_dict=False,
-            )[0]
-            latents = step_end(i, t, latents)
+        timesteps = cast(Tensor, self.scheduler.timesteps)
+        with denoiser.steps(timesteps):
+            for i, t in enumerate(timesteps):
+                # Diffusers declares FloatTensor, which no torch function is typed to return.
+                latents = self.scheduler.step(
+                    denoiser(latents, t),  # pyright: ignore[reportArgumentType]
+                    t,  # pyright: ignore[reportArgumentType]
+                    latents,  # pyright: ignore[reportArgumentType]
+                    return_dict=False,
+                )[0]
+                latents = step_end(i, t, latents)
         return latents
 
     def _finish(

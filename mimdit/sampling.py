@@ -1,6 +1,7 @@
 """The velocity of a whole latent, tile by tile, and the grids it can be computed on."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -41,6 +42,8 @@ class Denoiser:
 
     def __post_init__(self) -> None:
         """One routing for the whole picture, so that its tiles never disagree."""
+        to = {"device": self.z_lq.device, "dtype": self.model.dtype}
+        self.prompts = [(text.to(**to), pooled.to(**to)) for text, pooled in self.prompts]
         total = torch.zeros(())
         for tiles in self.tiling.chunks(self.tile_batch):
             pooled = self.model.pool_condition(self.tiling.cut(self.z_lq, tiles))
@@ -52,16 +55,23 @@ class Denoiser:
             lambda tiles: self._tiles(tiles, latents, t), latents, self.tile_batch
         )
 
+    def steps(self, timesteps: Tensor) -> AbstractContextManager[None]:
+        """To be entered around calls with these times alone, [S]."""
+        engine = self.model.engine
+        if engine is None:
+            return nullcontext()
+        return engine.steps(timesteps.to(self.z_lq.device), [pooled for _, pooled in self.prompts])
+
     def _tiles(self, tiles: slice, latents: Tensor, t: Tensor) -> Tensor:
-        x, dtype = self.tiling.cut(latents, tiles), self.model.dtype
+        x = self.tiling.cut(latents, tiles)
         condition, time = self._condition(tiles), t.expand(len(x)).to(x.device)
         parts = [
             self.model(
                 x,
                 time,
                 condition,
-                encoder_hidden_states=text.to(x.device, dtype).expand(len(x), -1, -1),
-                pooled_projections=pooled.to(x.device, dtype).expand(len(x), -1),
+                encoder_hidden_states=text.expand(len(x), -1, -1),
+                pooled_projections=pooled.expand(len(x), -1),
                 return_dict=False,
             )[0].float()
             for text, pooled in self.prompts

@@ -1,9 +1,9 @@
 """Diffusers' SD3 transformer, conditioned on a damaged picture by mixtures of experts."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -45,6 +45,29 @@ class Condition:
     routing: Routing
 
 
+class Accelerator(Protocol):
+    """What makes the model faster, from outside (`mimdit.engine`)."""
+
+    def condition(self, given: Condition) -> Condition:
+        """A condition in the form that `predict` takes."""
+        ...
+
+    def steps(self, timesteps: Tensor, pooled: list[Tensor]) -> AbstractContextManager[None]:
+        """Inside, all times are among `timesteps` [S] and pooled texts among these, [1,P] each."""
+        ...
+
+    def predict(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        condition: Any,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+    ) -> Tensor:
+        """As the model's own."""
+        ...
+
+
 class MiMDiTTransformer2DModel(SD3Transformer2DModel):
     """MiM-DiT (arXiv 2603.02710) on diffusers' `SD3Transformer2DModel`.
 
@@ -58,6 +81,8 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
     """
 
     pos_embed: ShiftablePatchEmbed
+    # Set by `mimdit.accelerate`.
+    engine: "Accelerator | None" = None
 
     @register_to_config
     def __init__(
@@ -215,7 +240,10 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
         z = self._embed(lq_latents)
         out = [self.mim(z, grid, layers, routing) for layers in self.mim.chunks(z)]
         tokens = tuple(m for part, _ in out for m in part.unbind())
-        return Condition(lq_latents, tokens, Routing.cat([chosen for _, chosen in out]))
+        found = Condition(lq_latents, tokens, Routing.cat([chosen for _, chosen in out]))
+        if self.engine is None or torch.is_grad_enabled():
+            return found
+        return self.engine.condition(found)
 
     def _embed(self, lq_latents: Tensor) -> Tensor:
         """PatchEmbed(z_lq) + pos, [B,K,D]."""
@@ -240,12 +268,21 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
             )
             pooled_projections = stored[1] if pooled_projections is None else pooled_projections
         kwargs = dict(joint_attention_kwargs or {})
+        text = encoder_hidden_states.to(hidden_states.dtype)
+        pooled = pooled_projections.to(hidden_states.dtype)
+        if self.engine is not None and not torch.is_grad_enabled() and not kwargs:
+            return self.engine.predict(hidden_states, timestep, condition, text, pooled)
         if condition is not None:
+            if not condition.tokens:
+                raise ValueError(
+                    "condition: expected one that this model encoded as it is now, got one of the "
+                    "accelerated model"
+                )
             kwargs["condition"] = condition.tokens
         return super().forward(
             hidden_states,
-            encoder_hidden_states=encoder_hidden_states.to(hidden_states.dtype),
-            pooled_projections=pooled_projections.to(hidden_states.dtype),
+            encoder_hidden_states=text,
+            pooled_projections=pooled,
             # Diffusers declares LongTensor, but only embeds the value.
             timestep=timestep,  # pyright: ignore[reportArgumentType]
             joint_attention_kwargs=kwargs,

@@ -33,6 +33,8 @@ OPS = (
     "gated_residual_layernorm_modulate",
     "joint_qkv",
     "window_attention",
+    "channel_attention",
+    "squeeze_excite",
 )
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _TYPES = {

@@ -223,6 +223,50 @@ def window_attention(
     return Costs(Cost(flops, read + out), Cost(5 * flops // 2, out + read + gradients))
 
 
+def channel_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    temperature: Tensor,
+    heads: int,
+    proj: Tensor | None,
+    index: Tensor | None,
+) -> Costs:
+    """q, k, v [B,T,C] or [B,S,T,C]; a projection is multiplied with A, and then takes its place."""
+    slots, (tokens, channels) = prod(q.shape[:-2]), q.shape[-2:]
+    gram = 2 * slots * tokens * channels * channels // heads
+    flops, banks = 2 * gram, (temperature, proj)
+    if proj is not None:
+        flops = gram + 2 * slots * channels**2 * (channels // heads + tokens)
+    read = _read(q) + _read(k) + _read(v) + _read(index)
+    read += sum(_read(w) if index is None else _picked(w, index) for w in banks)
+    gradients = 3 * _whole(q) + sum(_whole(w) for w in banks)
+    forward = Cost(flops, read + _whole(q))
+    return Costs(forward, Cost(2 * flops, _whole(q) + read + gradients))
+
+
+def squeeze_excite(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    activation: str,
+    gate: str,
+    index: Tensor | None,
+    weight: Tensor | None,
+) -> Costs:
+    """x [B,T,C], w1 [R,C] and w2 [C,R], or banks of them; x need not be read twice."""
+    slots = len(x) if index is None else index.numel()
+    layers, banks = 4 * slots * prod(w1.shape[-2:]), (w1, b1, w2, b2)
+    read = _read(x) + _read(index) + _read(weight)
+    read += sum(_read(w) if index is None else _picked(w, index) for w in banks)
+    gradients = _whole(x) + _whole(weight) + sum(_whole(w) for w in banks)
+    forward = Cost(2 * x.numel() + layers, read + _whole(x))
+    backward = Cost(4 * x.numel() + 2 * layers, _whole(x) + read + gradients)
+    return Costs(forward, backward)
+
+
 COSTS: dict[str, Callable[..., Costs]] = {
     count.__name__: count
     for count in (
@@ -236,6 +280,8 @@ COSTS: dict[str, Callable[..., Costs]] = {
         gated_residual_layernorm_modulate,
         joint_qkv,
         window_attention,
+        channel_attention,
+        squeeze_excite,
     )
 }
 

@@ -19,7 +19,7 @@ LAYERS = [
     "transformer",
     "codec",
     "presets text tiling",
-    "sampling",
+    "sampling engine",
     "pipeline",
     "loading",
     "sd35",

@@ -153,6 +153,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="tiles in one forward pass (default: 1)",
     )
+    add(
+        "--no-accelerate",
+        dest="accelerate",
+        action="store_false",
+        help="run the plain reference model; results agree up to rounding",
+    )
     return parser
 
 

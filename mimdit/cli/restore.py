@@ -235,11 +235,13 @@ def _load(args: argparse.Namespace) -> Any:
     try:
         from diffusers.utils import logging
 
+        from mimdit.engine import accelerate
         from mimdit.loading import load_pipeline
 
         if not args.debug:
             logging.disable_progress_bar()
-        return load_pipeline(args.model, _pick_device(args.device), args.precision)
+        pipe = load_pipeline(args.model, _pick_device(args.device), args.precision)
+        return accelerate(pipe) if args.accelerate else pipe
     # Checkpoints fail in many ways: OSError, KeyError, RuntimeError of a wrong shape ...
     except Exception as error:
         if args.debug:

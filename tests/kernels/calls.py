@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mimkernels import (
     Route,
+    channel_attention,
     expert_combine,
     expert_depthwise3x3,
     expert_linear,
@@ -15,6 +16,7 @@ from mimkernels import (
     image_gate,
     joint_qkv,
     layernorm_modulate,
+    squeeze_excite,
     topk_route,
     window_attention,
 )
@@ -79,6 +81,18 @@ def calls(device: str) -> dict[str, Call]:
                 x, t, window=2, heads=2, shift=1, index=i, backend="triton"
             ),
             [draw(2, 2, 3, 4, 12), draw(3, 9, 2), index],
+        ),
+        "channel_attention": (
+            lambda q, k, v, t, p, i: channel_attention(
+                q, k, v, t, heads=2, proj=p, index=i, backend="triton"
+            ),
+            [*draw(2, 2, 9, 48).chunk(3, -1), draw(3, 2), draw(3, 16, 16), index],
+        ),
+        "squeeze_excite": (
+            lambda x, a, b, c, d, i, w: squeeze_excite(
+                x, a, b, c, d, index=i, weight=w, backend="triton"
+            ),
+            [draw(2, 9, 16), draw(3, 4, 16), draw(3, 4), draw(3, 16, 4), draw(3, 16), index, gate],
         ),
         "joint_qkv": (
             lambda x, y, q, k: joint_qkv([x, y], [q, None], [k, None], heads=2, backend="triton"),

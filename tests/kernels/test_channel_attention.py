@@ -85,7 +85,7 @@ def test_forward_and_gradients(
 
 
 @interpreted
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     front=st.sampled_from([(0,), (1,), (2,), (1, 0), (2, 1), (1, 2)]),
     tokens=st.sampled_from([0, 1, 2, 5, 16, 33]),
@@ -108,10 +108,13 @@ def test_any_shape(
 
 @interpreted
 def test_gradcheck() -> None:
-    *args, temperature, proj = inputs((2, 1), 3, 2, 2, 2, True, torch.float64)
-    index = torch.tensor([[1], [0]])
-    leaves = [v.requires_grad_() for v in (*args, temperature, proj)]
-    assert torch.autograd.gradcheck(both(2, index)[0], leaves)
+    leaves = [v.requires_grad_() for v in inputs((1,), 4, 1, 3, dtype=torch.float64)]
+    assert torch.autograd.gradcheck(both(1)[0], leaves)
+    args = inputs((2, 1), 3, 2, 2, 2, True, torch.float64)
+    leaves = [v.requires_grad_() for v in args]
+    # Along random directions: one by one these take half a minute.
+    op = both(2, torch.tensor([[1], [0]]))[0]
+    assert torch.autograd.gradcheck(op, leaves, fast_mode=True)
 
 
 @interpreted
@@ -154,9 +157,9 @@ def test_a_clamped_norm_is_a_constant() -> None:
     args = [q, k, v, temperature]
     (found, grads), (wanted, oracle) = (with_gradients(f, args) for f in both(2))
     torch.testing.assert_close(found, wanted)
-    # Channels whose norm is no constant have gradients that are smaller by eleven orders.
-    for a, b in zip([x for g in grads[:2] for x in g.unbind(-1)],
-                    [x for g in oracle[:2] for x in g.unbind(-1)], strict=True):  # fmt: skip
+    # Channel by channel: gradients through a clamped norm are larger by eleven orders.
+    columns = ([x for g in some[:2] for x in g.unbind(-1)] for some in (grads, oracle))
+    for a, b in zip(*columns, strict=True):
         assert (a - b).abs().max() <= 1e-9 * b.abs().max()
     assert oracle[0][0, :, 1].abs().max() > 1e9 and oracle[1][0, :, 2].abs().max() > 1e9
     torch.testing.assert_close(grads[2:], oracle[2:])
@@ -206,6 +209,7 @@ def test_an_expert_that_nobody_picked_gets_no_gradient() -> None:
         assert grad[[0, 2]].any(dim=-1).all() and not grad[1].any()
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice")
 def test_not_a_number_stays_in_its_picture() -> None:
     q, k, v, *banks = inputs((2, 2), 5, experts=3, proj=True)
     q = q.clone()

@@ -145,7 +145,9 @@ def test_strength_zero_and_callback(pipe: MiMDiTPipeline) -> None:
 
 
 @pytest.mark.parametrize("fix", ["adain", "wavelet"])
-def test_color_fix_moves_the_mean_to_the_input(pipe: MiMDiTPipeline, fix: str) -> None:
+def test_color_fix_moves_the_mean_to_the_input(fix: str) -> None:
+    # Random gains would clip most pixels.
+    pipe = assemble(build("debug", prediction_type="residual", out_channels=48).randomize_(0), 3)
     x = picture(64, 64) * 0.2 + 0.4
     plain, fixed = (
         pipe(x, generator=seeded(), color_fix=f, output_type="np").images[0] for f in ("none", fix)

@@ -17,6 +17,7 @@ class FakePipeline:
     def __init__(self):
         self.calls = []
         self.loads = []
+        self.accelerated = False
 
     def set_progress_bar_config(self, **_):
         pass
@@ -40,7 +41,12 @@ def pipe(monkeypatch):
         fake.loads.append((model, device, precision))
         return fake
 
+    def accelerate(pipe):
+        pipe.accelerated = True
+        return pipe
+
     monkeypatch.setattr("mimdit.loading.load_pipeline", load)
+    monkeypatch.setattr("mimdit.engine.accelerate", accelerate)
     return fake
 
 
@@ -312,3 +318,9 @@ def test_help_imports_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "--color-fix" in done.stdout and "examples:" in done.stdout
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-accelerate"]])
+def test_the_engine_runs_unless_declined(pipe, folder, flags):
+    assert main(["-i", str(picture(folder / "a.png")), "-o", "out", *flags]) == 0
+    assert pipe.accelerated is not bool(flags)
