@@ -104,7 +104,7 @@ class CleanCrops(Iterator[np.ndarray]):
         self,
         size: int,
         rng: np.random.Generator,
-        procedural_share: float = 0.35,
+        procedural_share: float = 0.45,
         path: str | Path | None = None,
         folder_share: float = 0.8,
     ) -> None:
@@ -159,10 +159,11 @@ def _turn(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _jitter(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """float32 in [0, 1] with a mild change of exposure: both must stay guessable from content."""
+    """float32 in [0, 1] with mild changes of exposure and colour, which must stay guessable."""
     gain, gamma = rng.uniform(0.92, 1.05), math.exp(rng.normal(0.0, 0.07))
+    cast = np.exp(rng.normal(0.0, 0.05, 3)).astype(np.float32)
     clean = np.power(crop.astype(np.float32) / np.float32(255), np.float32(gamma))
-    return np.clip(np.float32(gain) * clean, 0.0, 1.0)
+    return np.clip(np.float32(gain) * cast * clean, 0.0, 1.0)
 
 
 class PairDataset(IterableDataset[dict[str, torch.Tensor | str]]):
@@ -178,7 +179,7 @@ class PairDataset(IterableDataset[dict[str, torch.Tensor | str]]):
         size: int,
         seed: int = 0,
         mixtures: float = 0.3,
-        procedural_share: float = 0.35,
+        procedural_share: float = 0.45,
         path: str | Path | None = None,
     ) -> None:
         super().__init__()

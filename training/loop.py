@@ -40,7 +40,7 @@ class Settings:
     ema: float = 0.995
     t_mean: float = 0.5
     t_std: float = 1.2
-    pure_noise: float = 0.6
+    pure_noise: float = 0.8
     balance: float = 0.0
     mixtures: float = 0.25
     accumulation: int = 1
