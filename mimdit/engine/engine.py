@@ -65,16 +65,24 @@ class Engine:
         modules = [cast(JointTransformerBlock, block) for block in self.model.transformer_blocks]
         self.blocks = [Block(block) for block in modules]
         self.modulator = Modulator(self.model)
-        self._weights = self._addresses()
+        self._prepared = self._state()
 
-    def _addresses(self) -> tuple[int, ...]:
-        """Where the weights lie: moving or replacing them, or loading a LoRA, changes it."""
-        return tuple(p.data_ptr() for p in self.model.parameters())
+    def _state(self) -> tuple[Any, ...]:
+        """Changes when weights are moved or replaced, and when LoRAs come, go or are rescaled."""
+        adapters = [
+            (str(part.scaling), str(part.active_adapters), part.merged)
+            for part in self.model.modules()
+            if hasattr(part, "scaling") and hasattr(part, "active_adapters")
+        ]
+        return (*(p.data_ptr() for p in self.model.parameters()), *adapters)
+
+    def _refresh(self) -> None:
+        if self._state() != self._prepared:
+            self._prepare()
 
     def condition(self, given: Condition) -> KeyValueCondition:
         """Keys and values of a condition's tokens, which are needed no more."""
-        if self._addresses() != self._weights:
-            self._prepare()
+        self._refresh()
         pairs = [b.keys_and_values(m) for b, m in zip(self.blocks, given.tokens, strict=True)]
         keys, values = zip(*pairs, strict=True)
         return KeyValueCondition(given.latents, (), given.routing, keys, values)
@@ -86,6 +94,7 @@ class Engine:
         Their modulations are computed together beforehand: the adaptive norms' weights, a quarter
         of SD3.5's, are then read once and not in every step.
         """
+        self._refresh()
         tables = [Table(self.modulator, timesteps, p) for p in pooled]
         self._tables = {table.pointer: table for table in tables}
         try:

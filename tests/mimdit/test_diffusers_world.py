@@ -9,7 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
-from mimdit import codec
+from mimdit import accelerate, codec
 from mimdit.pipeline import MiMDiTPipeline
 from mimdit.presets import build
 from mimdit.transformer import MiMDiTTransformer2DModel
@@ -53,6 +53,32 @@ def test_lora_of_the_backbone(pipe: MiMDiTPipeline, tmp_path: Path) -> None:
     torch.testing.assert_close(restored(pipe), before)
     pipe.unload_lora_weights()
     assert torch.equal(restored(pipe), before)
+
+
+def test_lora_of_an_accelerated_model(pipe: MiMDiTPipeline, tmp_path: Path) -> None:
+    theirs = backbone()
+    torch.manual_seed(0)
+    targets = ["to_q", "to_k", "to_v", "to_add_out", "norm1.linear", "proj_out"]
+    config = LoraConfig(r=4, lora_alpha=4, target_modules=targets, init_lora_weights=False)
+    theirs.add_adapter(config)
+    layers = get_peft_model_state_dict(theirs)
+    StableDiffusion3Pipeline.save_lora_weights(tmp_path, transformer_lora_layers=layers)
+
+    accelerate(pipe)
+    before = restored(pipe)
+    for change in (
+        lambda: pipe.load_lora_weights(tmp_path),
+        lambda: pipe.set_adapters("default_0", 0.5),
+        lambda: pipe.fuse_lora(),
+        lambda: pipe.unfuse_lora(),
+        lambda: pipe.unload_lora_weights(),
+    ):
+        change()
+        found = restored(pipe)
+        wanted = restored(accelerate(pipe, enabled=False))
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+        accelerate(pipe)
+    torch.testing.assert_close(found, before, rtol=0, atol=1e-4)
 
 
 def test_conditioning_brings_an_offloaded_model_in(pipe: MiMDiTPipeline) -> None:
