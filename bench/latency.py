@@ -19,11 +19,12 @@ from torch import Tensor
 
 from bench import measure
 from bench.plots import latency_bars
+from mimdit.condition import Condition
 from mimdit.engine import Engine
 from mimdit.loading import PRECISIONS, WEIGHTS, load_pipeline
 from mimdit.mim import Routing
 from mimdit.presets import PRESETS, build
-from mimdit.transformer import Condition, MiMDiTTransformer2DModel
+from mimdit.transformer import MiMDiTTransformer2DModel
 
 # Relative error of a step's raw output (root mean square) that a variant may have.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}

@@ -14,10 +14,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from mimdit.codec import PixelCodec, codec_factor, decode, encode
-from mimdit.color import COLOR_FIXES, color_fix
+from mimdit.color import color_fix
 from mimdit.inputs import Pictures, to_tensor
+from mimdit.memory import shrinking
 from mimdit.mim import Routing
-from mimdit.sampling import SHIFTS, Denoiser, grid_places
+from mimdit.options import check_options
+from mimdit.sampling import Denoiser, grid_places
 from mimdit.text import TEXT_COMPONENTS, encode_text
 from mimdit.tiling import Tiling, plan_tiles, reflect_pad
 from mimdit.transformer import MiMDiTTransformer2DModel
@@ -32,6 +34,8 @@ Callback = Callable[["MiMDiTPipeline", int, Tensor, dict[str, Any]], dict[str, A
 
 # Smaller pictures are padded up to this many tokens a side: no model saw such small grids.
 _MIN_TOKENS = 16
+# Tokens along a tile that is tried at last where memory is short.
+_LEAST_TILE = 8
 
 
 @dataclass
@@ -160,7 +164,7 @@ class MiMDiTPipeline(
         if num_inference_steps is None and shifts is None:
             shifts = self.config["default_shifts"]
         shifts = 1 if shifts is None or output_type == "latent" else shifts
-        _check(steps, shifts, strength, color_fix, tile, tile_batch, output_type)
+        check_options(steps, shifts, strength, color_fix, tile, tile_batch, output_type)
         damaged = to_tensor(image)
         height, width = damaged.shape[-2:]
         prompts = self._prompts(guidance_scale, prompt, negative_prompt)
@@ -181,12 +185,22 @@ class MiMDiTPipeline(
             for top, left in places:
                 moved = reflect_pad(damaged.flip(-2, -1), height + top, width + left).flip(-2, -1)
                 z_lq = self._encode(moved)
-                tiling = self._tiling((z_lq.shape[-2], z_lq.shape[-1]), tile, tile_overlap)
-                denoiser = Denoiser(
-                    self.transformer, z_lq, tiling, prompts, guidance_scale, tile_batch
+                noise = randn_tensor(
+                    z_lq.shape, generator=generator, device=z_lq.device, dtype=z_lq.dtype
                 )
-                routing = denoiser.routing if routing is None else routing
-                latents = self._sample(denoiser, steps, generator, step_end)
+
+                def restore(
+                    side: int, batch: int, z_lq: Tensor = z_lq, noise: Tensor = noise
+                ) -> tuple[Tensor, Routing]:
+                    plane = (z_lq.shape[-2], z_lq.shape[-1])
+                    tiling = self._tiling(plane, side, tile_overlap, asked=side == tile > 0)
+                    denoiser = Denoiser(
+                        self.transformer, z_lq, tiling, prompts, guidance_scale, batch
+                    )
+                    return self._sample(denoiser, noise, steps, step_end), denoiser.routing
+
+                latents, taken = self._within_memory(restore, tile, tile_batch)
+                routing = taken if routing is None else routing
                 if output_type == "latent":
                     images = latents
                 else:
@@ -197,6 +211,25 @@ class MiMDiTPipeline(
         self.maybe_free_model_hooks()
         assert routing is not None
         return MiMDiTPipelineOutput(images, routing) if return_dict else (images, routing)
+
+    def _within_memory(
+        self, restore: Callable[[int, int], tuple[Tensor, Routing]], tile: int, batch: int
+    ) -> tuple[Tensor, Routing]:
+        """`restore(tile, batch)`, with less of both where memory runs out."""
+        engine, side = (
+            self.transformer.engine,
+            self._patch() // self.transformer.config["patch_size"],
+        )
+        whole = tile or self.transformer.config["sample_size"] * side
+        smallest = min(whole, _LEAST_TILE * self._patch())
+        release = engine.release if engine is not None else lambda: None
+        return shrinking(
+            lambda wanted, count: restore(tile if wanted == whole else wanted, count),
+            whole,
+            batch,
+            smallest,
+            release,
+        )
 
     def _patch(self) -> int:
         """Pixels along one side of a token."""
@@ -212,14 +245,12 @@ class MiMDiTPipeline(
     def _sample(
         self,
         denoiser: Denoiser,
+        latents: Tensor,
         steps: int,
-        generator: torch.Generator | list[torch.Generator] | None,
         step_end: Callable[[int, Tensor, Tensor], Tensor],
     ) -> Tensor:
         """Latents after all steps from noise."""
-        z = denoiser.z_lq
-        latents = randn_tensor(z.shape, generator=generator, device=z.device, dtype=z.dtype)
-        self.scheduler.set_timesteps(steps, device=z.device)
+        self.scheduler.set_timesteps(steps, device=latents.device)
         timesteps = cast(Tensor, self.scheduler.timesteps)
         with denoiser.steps(timesteps):
             for i, t in enumerate(timesteps):
@@ -242,7 +273,8 @@ class MiMDiTPipeline(
         restored = torch.lerp(damaged, restored, strength).clamp(0, 1)
         return VaeImageProcessor(do_normalize=False).postprocess(restored, output_type=output_type)
 
-    def _tiling(self, plane: tuple[int, int], tile: int, overlap: int) -> Tiling:
+    def _tiling(self, plane: tuple[int, int], tile: int, overlap: int, asked: bool) -> Tiling:
+        """Tiles of a latent plane; tile and overlap in pixels, asked: by the caller, not chosen."""
         config, factor = self.transformer.config, codec_factor(self.vae)
         patch = config["patch_size"]
         largest = config["pos_embed_max_size"] * patch
@@ -250,8 +282,8 @@ class MiMDiTPipeline(
         if not 0 < size <= largest:
             low, high = factor * patch, factor * largest
             raise ValueError(f"tile: expected 0 or {low} to {high} pixels, got {tile}")
-        # The automatic tile keeps the asked overlap only where it is smaller than the tile.
-        wanted = overlap // factor if tile else min(overlap // factor, size // 2)
+        # A chosen tile keeps the asked overlap only where it is smaller than the tile.
+        wanted = overlap // factor if asked else min(overlap // factor, size // 2)
         return plan_tiles(plane, size, wanted, patch)
 
     def _prompts(
@@ -294,28 +326,3 @@ class MiMDiTPipeline(
 # Diffusers looks pipelines up by name in its own namespace: `DiffusionPipeline.from_pretrained`
 # opens our folders too, once this module is imported.
 diffusers.MiMDiTPipeline = MiMDiTPipeline
-
-
-def _check(
-    steps: int,
-    shifts: int,
-    strength: float,
-    fix: str,
-    tile: int,
-    tile_batch: int,
-    output_type: str,
-) -> None:
-    if steps < 1:
-        raise ValueError(f"num_inference_steps: expected at least 1, got {steps}")
-    if shifts not in SHIFTS:
-        raise ValueError(f"shifts: expected one of {', '.join(map(str, SHIFTS))}, got {shifts}")
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength: expected 0 to 1, got {strength:g}")
-    if tile < 0:
-        raise ValueError(f"tile: expected 0 (automatic) or pixels, got {tile}")
-    if tile_batch < 1:
-        raise ValueError(f"tile_batch: expected at least 1, got {tile_batch}")
-    if fix not in COLOR_FIXES:
-        raise ValueError(f"color_fix: expected one of {', '.join(COLOR_FIXES)}, got {fix!r}")
-    if output_type not in ("pil", "np", "pt", "latent"):
-        raise ValueError(f"output_type: expected pil, np, pt or latent, got {output_type!r}")

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mimdit.condition import Condition
 from mimdit.mim import Routing
 from mimdit.tiling import Tiling
-from mimdit.transformer import Condition, MiMDiTTransformer2DModel
+from mimdit.transformer import MiMDiTTransformer2DModel
 
 # Conditioning tokens beyond this many bytes are computed anew in every step instead of kept.
 _CONDITION_BYTES = 2**30

@@ -1,9 +1,8 @@
 """Diffusers' SD3 transformer, conditioned on a damaged picture by mixtures of experts."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from mimdit import flow
 from mimdit.attention import ImageAttnProcessor, KeyValueMiMProcessor, MiMJointAttnProcessor
+from mimdit.condition import Accelerator, Condition
 from mimdit.mim import MiM, Routing
 from mimdit.patch_embed import ShiftablePatchEmbed
 
@@ -31,41 +31,6 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-@dataclass(frozen=True)
-class Condition:
-    """All that the denoiser needs of a damaged picture; the same for every step.
-
-    latents z_lq [B,c,h,w]; tokens: m_l [B,K,D] for each of the L blocks; the routing taken.
-    """
-
-    latents: Tensor
-    tokens: tuple[Tensor, ...]
-    routing: Routing
-
-
-class Accelerator(Protocol):
-    """What makes the model faster, from outside (`mimdit.engine`)."""
-
-    def condition(self, given: Condition) -> Condition:
-        """A condition in the form that `predict` takes."""
-        ...
-
-    def steps(self, timesteps: Tensor, pooled: list[Tensor]) -> AbstractContextManager[None]:
-        """Inside, all times are among `timesteps` [S] and pooled texts among these, [1,P] each."""
-        ...
-
-    def predict(
-        self,
-        hidden_states: Tensor,
-        timestep: Tensor,
-        condition: Any,
-        encoder_hidden_states: Tensor,
-        pooled_projections: Tensor,
-    ) -> Tensor:
-        """As the model's own."""
-        ...
 
 
 class MiMDiTTransformer2DModel(SD3Transformer2DModel):
@@ -82,7 +47,7 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
 
     pos_embed: ShiftablePatchEmbed
     # Set by `mimdit.accelerate`.
-    engine: "Accelerator | None" = None
+    engine: Accelerator | None = None
 
     @register_to_config
     def __init__(

@@ -15,7 +15,7 @@ ALLOWED = {
 LAYERS = [
     "experts",
     "mim",
-    "flow attention",
+    "condition flow attention",
     "transformer",
     "codec",
     "presets text tiling",

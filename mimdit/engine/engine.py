@@ -10,10 +10,11 @@ from diffusers.models.attention import JointTransformerBlock
 from torch import Tensor
 
 from mimdit.attention import MiMJointAttnProcessor
+from mimdit.condition import Condition
 from mimdit.engine.modulation import Modulator, Table
 from mimdit.engine.step import Block, run_blocks, unpatchify
 from mimdit.engine.workspace import KeyValueCondition, Shape, Workspace, make_joint
-from mimdit.transformer import Condition, MiMDiTTransformer2DModel
+from mimdit.transformer import MiMDiTTransformer2DModel
 
 T = TypeVar("T")
 
@@ -132,6 +133,10 @@ class Engine:
         x = model.pos_embed(hidden_states).contiguous()
         text = model.context_embedder(encoder_hidden_states)
         return unpatchify(model, workspace(x, flat, text), grid)
+
+    def release(self) -> None:
+        """Give back buffers and graphs; the next call makes new ones."""
+        self.workspaces.clear()
 
     def _workspace(self, shape: Shape) -> Workspace:
         """The workspace of a shape, made now or used before."""

@@ -45,8 +45,7 @@ class Modulator:
     def __init__(self, model: MiMDiTTransformer2DModel) -> None:
         self.model, self.width = model, model.inner_dim
         blocks = [cast(JointTransformerBlock, block) for block in model.transformer_blocks]
-        norms = [norm for block in blocks for norm in (block.norm1, block.norm1_context)]
-        self._norms = [*norms, model.norm_out]
+        self._norms = adaptive_norms(model)
         # The last text norm and the output norm give scale before shift, all others the reverse.
         self._scale_first = [block.context_pre_only for block in blocks]
         self.linears = FusedLinear([cast(Any, norm).linear for norm in self._norms])
@@ -69,6 +68,13 @@ class Modulator:
             place += count
         out = Adaptation(chunks[place + 1], chunks[place])
         return Modulation(tuple(image), tuple(text), out)
+
+
+def adaptive_norms(model: MiMDiTTransformer2DModel) -> list[Any]:
+    """Those of each block's image and text stream, then the output's; each has a `linear` layer."""
+    blocks = [cast(Any, block) for block in model.transformer_blocks]
+    norms = [norm for block in blocks for norm in (block.norm1, block.norm1_context)]
+    return [*norms, model.norm_out]
 
 
 def _chunks(norm: Any) -> int:

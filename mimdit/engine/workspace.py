@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mimdit.condition import Condition
 from mimdit.engine.step import Joint
-from mimdit.transformer import Condition
 
 # Calls before a capture: they load kernels and choose algorithms.
 _WARMUP = 2
