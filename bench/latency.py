@@ -94,7 +94,7 @@ def variants_of(model: MiMDiTTransformer2DModel) -> list[Variant]:
     ]
     if model.device.type == "cuda":
         found.append(accelerated("engine", graph=True))
-    nothing = Condition(torch.empty(0), (), Routing(*[torch.empty(0)] * 3))
+    nothing = Condition(torch.empty(0), (), Routing(*[torch.empty(0)] * 4))
     found.append(Variant("backbone-eager", lambda _: nothing, bare, cached=True, equal=False))
     if model.device.type == "cuda":
         # What a user of diffusers would run; not the blocks of the model itself, which all share.

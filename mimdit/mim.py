@@ -21,17 +21,19 @@ _TOGETHER = 2**28
 
 @dataclass(frozen=True)
 class Routing:
-    """What the routers chose: inter [L,B,G], intra and index [L,B,G,k] (weights, sub-experts)."""
+    """What the routers chose: inter [L,B,G], intra and index [L,B,G,k] (weights, sub-experts).
+
+    pooled: what they read, the token means of u less their running mean, [L,B,d].
+    """
 
     inter: Tensor
     intra: Tensor
     index: Tensor
+    pooled: Tensor
 
     def repeat(self, times: int) -> "Routing":
         """The choices of B pictures for times·B of them (tiles, tile by tile)."""
-        return Routing(
-            *(x.repeat(1, times, *[1] * (x.ndim - 2)) for x in (self.inter, self.intra, self.index))
-        )
+        return Routing(*(x.repeat(1, times, *[1] * (x.ndim - 2)) for x in self._parts()))
 
     def as_dict(self) -> dict[str, Any]:
         """Nested lists, for JSON."""
@@ -39,13 +41,16 @@ class Routing:
 
     def at(self, layers: slice) -> "Routing":
         """The choices of some layers."""
-        return Routing(self.inter[layers], self.intra[layers], self.index[layers])
+        return Routing(*(x[layers] for x in self._parts()))
 
     @staticmethod
-    def cat(parts: "Sequence[Routing]") -> "Routing":
+    def cat(routings: "Sequence[Routing]") -> "Routing":
         """The choices of successive layers."""
-        joined = zip(*((r.inter, r.intra, r.index) for r in parts), strict=True)
+        joined = zip(*(r._parts() for r in routings), strict=True)
         return Routing(*(torch.cat(tensors) for tensors in joined))
+
+    def _parts(self) -> tuple[Tensor, ...]:
+        return self.inter, self.intra, self.index, self.pooled
 
 
 class MiM(nn.Module):
@@ -196,7 +201,9 @@ class MiM(nn.Module):
         if self.intra == "dense":
             index = torch.arange(self.experts, device=x.device).expand(index.shape)
             intra = torch.full_like(intra, 1 / self.experts)
-        return Routing(inter, intra, index.long())
+        wide = torch.promote_types(x.dtype, torch.float32)
+        pooled = x.mean(2, dtype=wide) - self.running_mean[layers].unsqueeze(1)
+        return Routing(inter, intra, index.long(), pooled)
 
     @torch.no_grad()
     def _track(self, mean: Tensor, layers: slice, momentum: float = 0.01) -> None:

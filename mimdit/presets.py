@@ -27,6 +27,7 @@ _PIXEL: dict[str, Any] = {
     "in_channels": 48,
     "out_channels": 51,
     "prediction_type": "log_affine",
+    "pooled_condition": True,
     "prompts": ("empty",),
     "prompt_tokens": 4,
 }

@@ -41,6 +41,8 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
 
         mim_dim … renormalize: see `MiM`.
         prediction_type, damage_std: see `flow.to_velocity`.
+        pooled_condition: what the routers read of the damaged picture joins the pooled text, which
+            modulates all blocks. For models without text.
         prompts, prompt_tokens: names and length of the text embeddings stored with the weights, so
             that no text encoder is needed; the first is used when none is asked for.
     """
@@ -74,6 +76,7 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
         renormalize: bool = False,
         prediction_type: str = "velocity",
         damage_std: float = 0.4,
+        pooled_condition: bool = False,
         prompts: Sequence[str] = ("empty",),
         prompt_tokens: int = 4,
     ) -> None:
@@ -97,6 +100,11 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
         self.mim = MiM(
             num_layers, self.inner_dim, mim_dim, groups, experts, top_k, inter, intra, renormalize
         )
+        self.condition_embedder: nn.Linear | None = None
+        if pooled_condition:
+            self.condition_embedder = nn.Linear(num_layers * mim_dim, pooled_projection_dim)
+            nn.init.zeros_(self.condition_embedder.weight)
+            nn.init.zeros_(self.condition_embedder.bias)
         tokens = torch.randn(len(prompts), prompt_tokens, joint_attention_dim) * 0.02
         self.prompt_embeds = nn.Parameter(tokens)
         self.pooled_prompt_embeds = nn.Parameter(torch.zeros(len(prompts), pooled_projection_dim))
@@ -235,6 +243,9 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
         kwargs = dict(joint_attention_kwargs or {})
         text = encoder_hidden_states.to(hidden_states.dtype)
         pooled = pooled_projections.to(hidden_states.dtype)
+        if condition is not None and self.condition_embedder is not None:
+            seen = condition.routing.pooled.transpose(0, 1).flatten(1)  # [B,L·d]
+            pooled = pooled + self.condition_embedder(seen.to(pooled.dtype))
         if self.engine is not None and not torch.is_grad_enabled() and not kwargs:
             return self.engine.predict(hidden_states, timestep, condition, text, pooled)
         if condition is not None:
@@ -298,7 +309,7 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
     def randomize_(self, seed: int = 0) -> "MiMDiTTransformer2DModel":
         """Draw what starts at zero or one, for equality tests.
 
-        That is ZeroLinear, routers, biases and tables. A fresh model hides faults: its conditioning
+        That is ZeroLinear, routers, biases, tables, and the embedding of pooled conditions. A fresh model hides faults: its conditioning
         is zero and its routers are nearly uniform.
         """
         generator = torch.Generator().manual_seed(seed)
@@ -312,4 +323,8 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
                 tensor.add_(noise * 0.1)
         noise = torch.randn(self.mim.running_mean.shape, generator=generator, device="cpu")
         self.mim.running_mean.copy_(noise * 0.1)
+        if self.condition_embedder is not None:
+            for tensor in self.condition_embedder.parameters():
+                noise = torch.randn(tensor.shape, generator=generator, device="cpu").to(tensor)
+                tensor.copy_(noise * 0.1)
         return self

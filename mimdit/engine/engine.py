@@ -96,6 +96,10 @@ class Engine:
         of SD3.5's, are then read once and not in every step.
         """
         self._refresh()
+        if self.model.condition_embedder is not None:
+            # Modulations depend on the picture, too.
+            yield
+            return
         tables = [Table(self.modulator, timesteps, p) for p in pooled]
         self._tables = {table.pointer: table for table in tables}
         try:

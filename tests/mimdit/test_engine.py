@@ -73,9 +73,10 @@ def test_conditions_of_one_shape_take_turns() -> None:
             assert torch.equal(model(x, t, condition).sample, wanted)
 
 
+@pytest.mark.parametrize("pooled_condition", [False, True])
 @torch.no_grad()
-def test_own_text_and_a_table_of_modulations() -> None:
-    model = drawn()
+def test_own_text_and_a_table_of_modulations(pooled_condition: bool) -> None:
+    model = drawn(pooled_condition=pooled_condition)
     x, z, _ = inputs()
     t = torch.tensor([750.0, 750.0]).double()
     text, pooled = torch.randn(1, 7, 32).double(), torch.randn(1, 16).double()
