@@ -309,8 +309,8 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
     def randomize_(self, seed: int = 0) -> "MiMDiTTransformer2DModel":
         """Draw what starts at zero or one, for equality tests.
 
-        That is ZeroLinear, routers, biases, tables, and the embedding of pooled conditions. A fresh model hides faults: its conditioning
-        is zero and its routers are nearly uniform.
+        That is ZeroLinear, routers, biases, tables, and the embedding of pooled conditions. A fresh
+        model hides faults: its conditioning is zero and its routers are nearly uniform.
         """
         generator = torch.Generator().manual_seed(seed)
         for name, tensor in self.mim.named_parameters():
