@@ -245,7 +245,8 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
         pooled = pooled_projections.to(hidden_states.dtype)
         if condition is not None and self.condition_embedder is not None:
             seen = condition.routing.pooled.transpose(0, 1).flatten(1)  # [B,L·d]
-            pooled = pooled + self.condition_embedder(seen.to(pooled.dtype))
+            seen = torch.nn.functional.layer_norm(seen, seen.shape[1:]).to(pooled.dtype)
+            pooled = pooled + self.condition_embedder(seen)
         if self.engine is not None and not torch.is_grad_enabled() and not kwargs:
             return self.engine.predict(hidden_states, timestep, condition, text, pooled)
         if condition is not None:

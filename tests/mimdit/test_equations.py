@@ -146,7 +146,8 @@ def pooled_condition(model: MiMDiTTransformer2DModel, z: Tensor) -> Tensor | flo
         y = z @ w["mim.down_weight"][layer].T + w["mim.down_bias"][layer]
         u = F.layer_norm(y, y.shape[-1:], w["mim.norm_weight"][layer], w["mim.norm_bias"][layer])
         seen.append(u.mean(0) - w["mim.running_mean"][layer])
-    return torch.cat(seen)[None] @ w["condition_embedder.weight"].T + w["condition_embedder.bias"]
+    even = F.layer_norm(torch.cat(seen), [sum(len(s) for s in seen)])
+    return even[None] @ w["condition_embedder.weight"].T + w["condition_embedder.bias"]
 
 
 def joint_attention(attn: Any, image: Tensor, text: Tensor | None = None) -> Tensor:
