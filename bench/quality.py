@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from bench import classical, routing
+from mimdit.engine import accelerate
 from mimdit.loading import load_pipeline
 from mimdit.metrics import OFFLINE, scorer
 from mimdit.pipeline import MiMDiTPipeline
@@ -182,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--out", type=Path, help="JSON-lines file for all rows")
     p.add_argument("--picture", type=Path, help="file for a before/after picture")
     args = p.parse_args(argv)
-    pipe = load_pipeline(args.model, args.device, args.precision)
+    pipe = accelerate(load_pipeline(args.model, args.device, args.precision))
     pipe.set_progress_bar_config(disable=True)
     score = scorer(args.metrics, args.device)
     for name, reason in score.missing.items():  # pyright: ignore[reportFunctionMemberAccess]

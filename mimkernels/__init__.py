@@ -3,6 +3,8 @@
 Triton is imported only when a kernel runs.
 """
 
+from mimkernels import nn
+from mimkernels.accelerate import accelerate, restore
 from mimkernels.backend import use_backend
 from mimkernels.channel_attention import channel_attention
 from mimkernels.expert_combine import expert_combine
@@ -20,6 +22,7 @@ from mimkernels.window_attention import window_attention
 
 __all__ = [
     "Route",
+    "accelerate",
     "channel_attention",
     "expert_combine",
     "expert_depthwise3x3",
@@ -31,6 +34,8 @@ __all__ = [
     "joint_qkv",
     "joint_qkv_",
     "layernorm_modulate",
+    "nn",
+    "restore",
     "squeeze_excite",
     "topk_route",
     "use_backend",
