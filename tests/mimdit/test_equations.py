@@ -194,7 +194,7 @@ def network(model: MiMDiTTransformer2DModel, x: Tensor, embedding: Any, tokens: 
     image, text = model.pos_embed(x)[0], model.context_embedder(words)[0]
     for block, m in zip(model.transformer_blocks, tokens, strict=True):
         image, text = sd3_block(block, image, text, temb, m)
-    out = torch.zeros(1, 51, *x.shape[2:], dtype=x.dtype)
+    out = torch.zeros(1, 57, *x.shape[2:], dtype=x.dtype)
     for k, token in enumerate(model.proj_out(model.norm_out(image[None], temb))[0]):
         row, column = divmod(2 * k, x.shape[-1])
         patch = token.reshape(2, 2, -1).permute(2, 0, 1)

@@ -1,0 +1,191 @@
+"""Exported graphs against the model."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+pytest.importorskip("onnxruntime")
+
+from export.graphs import depthwise3x3
+from export.parity import Check, check_graphs, relative_error
+from export.runtime import ExportedPipeline, euler_sigmas
+from mimdit.metrics import psnr
+from mimkernels import expert_depthwise3x3
+from tests.export.conftest import Exported, pipeline
+
+
+@pytest.fixture(scope="module")
+def runtime(exported: Exported) -> ExportedPipeline:
+    runtime = ExportedPipeline(exported.folder, "cpu", threads=1)
+    runtime.set_progress_bar_config(disable=True)
+    return runtime
+
+
+def picture(height: int, width: int, count: int = 1) -> np.ndarray:
+    return np.random.default_rng(0).random((count, height, width, 3), dtype=np.float32)
+
+
+def test_every_gate_holds_also_at_sizes_never_traced(exported: Exported) -> None:
+    report = json.loads((exported.folder / "parity.json").read_text())
+    assert report["passed"] and exported.code == 0, exported.err
+    gated = [c for c in report["checks"] if c["gate"] is not None and c["graph"] != "picture"]
+    assert {c["graph"] for c in gated} == {"pool", "conditioner", "denoiser"}
+    assert {c["size"] for c in gated} == {"2×11×13", "1×16×16", "3×17×12"}
+    assert all(c["error"] <= 1e-5 for c in gated if c["output"] != "velocity")
+    assert all(c["error"] <= 2e-4 for c in gated)
+    (restored,) = (c for c in report["checks"] if c["graph"] == "picture")
+    assert restored["error"] < 1e-3
+
+
+@pytest.mark.parametrize("size", [(1, 24, 8), (2, 9, 23)], ids=str)
+def test_other_sizes(
+    exported: Exported, runtime: ExportedPipeline, size: tuple[int, int, int]
+) -> None:
+    checks = check_graphs(exported.pipe, runtime.graphs, "fp32", [size], seed=1)
+    assert len(checks) >= 9
+    assert [c for c in checks if not c.passed] == []
+
+
+def test_other_weights_fail(runtime: ExportedPipeline) -> None:
+    checks = check_graphs(pipeline(seed=1), runtime.graphs, "fp32", [(1, 8, 8)])
+    assert {c.graph for c in checks if not c.passed} == {"pool", "conditioner", "denoiser"}
+
+
+def test_pictures_take_their_own_experts(exported: Exported, runtime: ExportedPipeline) -> None:
+    """Two pictures of one batch pick differently, and each as it does alone."""
+    model = exported.pipe.transformer
+    z_lq = torch.rand(2, 48, 32, 24, generator=torch.Generator().manual_seed(0)) * 0.2 - 1
+    z_lq[1] += 1.8
+    with torch.no_grad():
+        found = model.encode_condition(z_lq)
+    means = runtime.graphs["pool"](z_lq=z_lq)["means"]
+    out = runtime.graphs["conditioner"](z_lq=z_lq, means=means)
+    assert (out["index"][:, 0] != out["index"][:, 1]).any(-1).sum() >= 2
+    np.testing.assert_array_equal(out["index"], found.routing.index.numpy())
+    assert relative_error(out["tokens"], torch.stack(found.tokens)) <= 1e-5
+    alone = runtime.graphs["conditioner"](z_lq=z_lq[1:], means=means[:, 1:])
+    np.testing.assert_array_equal(alone["index"], out["index"][:, 1:])
+    swapped = runtime.graphs["conditioner"](z_lq=z_lq, means=means[:, ::-1])
+    np.testing.assert_array_equal(swapped["index"], out["index"][:, ::-1])
+    assert relative_error(swapped["tokens"], torch.stack(found.tokens)) > 1e-2
+
+
+def test_ties_go_to_the_lowest_expert(runtime: ExportedPipeline) -> None:
+    out = runtime.graphs["conditioner"](
+        z_lq=torch.zeros(1, 48, 16, 16), means=np.zeros((2, 1, 64), np.float32)
+    )
+    np.testing.assert_array_equal(out["intra"][0], np.full((1, 4, 2), 0.25, np.float32))
+    np.testing.assert_array_equal(out["index"][0], np.broadcast_to([0, 1], (1, 4, 2)))
+
+
+CALLS: list[tuple[tuple[int, int], dict[str, Any]]] = [
+    ((131, 257), {}),
+    ((90, 5), {"num_inference_steps": 3}),
+    ((150, 200), {"num_inference_steps": 1, "shifts": 4, "tile": 96, "tile_batch": 3}),
+    ((128, 140), {"num_inference_steps": 2, "guidance_scale": 2.5, "tile_overlap": 16}),
+    ((128, 128), {"num_inference_steps": 1, "strength": 0.7, "color_fix": "adain"}),
+]
+
+
+@pytest.mark.parametrize(("size", "options"), CALLS, ids=str)
+def test_pictures_equal_the_pipelines(
+    exported: Exported,
+    runtime: ExportedPipeline,
+    size: tuple[int, int],
+    options: dict[str, Any],
+) -> None:
+    count = 2 if "tile" in options else 1
+    ours, theirs = (
+        call(picture(*size, count), generator=torch.Generator().manual_seed(3), **options)
+        for call in (runtime, lambda *a, **o: exported.pipe(*a, output_type="np", **o))
+    )
+    assert ours.images.shape == (count, *size, 3)
+    assert psnr(torch.from_numpy(ours.images), torch.from_numpy(theirs.images)) > 60
+    np.testing.assert_array_equal(ours.routing.index, theirs.routing.index.numpy())
+    other = runtime(picture(*size, count), generator=torch.Generator().manual_seed(4), **options)
+    assert not np.array_equal(ours.images, other.images)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_inference_steps": 0}, "num_inference_steps: expected at least 1, got 0"),
+        ({"shifts": 3}, "shifts: expected one of 1, 2, 4, got 3"),
+        ({"tile": 40}, "tile: expected 0 or 64 to 192 pixels, got 40"),
+        ({"strength": 2}, "strength: expected 0 to 1, got 2"),
+        ({"color_fix": "red"}, "color_fix: expected one of none, adain, wavelet, got 'red'"),
+        ({"output_type": "pil"}, "output_type: expected np, got 'pil'"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_wrong_arguments(runtime: ExportedPipeline, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        runtime(picture(16, 16), **options)
+
+
+def test_too_many_pictures(runtime: ExportedPipeline) -> None:
+    with pytest.raises(ValueError, match="expected 1 to 3 pictures at once, got 4"):
+        runtime(picture(16, 16, 4))
+
+
+def test_restores_without_diffusers(exported: Exported, tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        "sys.modules['diffusers'] = None\n"
+        "import numpy as np, torch\n"
+        "from export.runtime import ExportedPipeline\n"
+        f"restore = ExportedPipeline({str(exported.folder)!r}, 'cpu', threads=1)\n"
+        "x = np.load(sys.argv[1])\n"
+        "out = restore(x, 1, generator=torch.Generator().manual_seed(3))\n"
+        "assert not any(m in sys.modules for m in ('mimdit.mim', 'mimdit.transformer'))\n"
+        "np.save(sys.argv[1], out.images)\n"
+    )
+    path = tmp_path / "x.npy"
+    np.save(path, picture(40, 30))
+    # The parent's interpreter of kernels is not for the child.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in (os.getcwd(), *sys.path) if p)
+    subprocess.run([sys.executable, "-c", script, str(path)], check=True, env=environment)
+    expected = exported.pipe(
+        picture(40, 30), 1, generator=torch.Generator().manual_seed(3), output_type="np"
+    )
+    assert psnr(torch.from_numpy(np.load(path)), torch.from_numpy(expected.images)) > 60
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("steps", [1, 4, 40])
+def test_noise_levels_are_the_schedulers(shift: float, steps: int) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    ends = {"sigma_max": scheduler.sigma_max, "sigma_min": scheduler.sigma_min}
+    scheduler.set_timesteps(steps)
+    found = euler_sigmas({"shift": shift, "train_steps": 1000, **ends}, steps)
+    np.testing.assert_array_equal(found, scheduler.sigmas.numpy())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_depthwise_products_are_the_convolution(dtype: torch.dtype) -> None:
+    x, weight = torch.randn(2, 3, 5, 7, 8), torch.randn(6, 8, 3, 3)
+    index = torch.tensor([[0, 5, 5], [3, 1, 0]])
+    wide = expert_depthwise3x3(x.to(dtype).double(), weight.to(dtype).double(), index)
+    found = depthwise3x3(x.to(dtype), weight.to(dtype), index)
+    assert found.dtype == dtype
+    assert relative_error(found.double(), wide) <= 2 * torch.finfo(dtype).eps
+
+
+def test_verdicts() -> None:
+    check = Check("g", "o", "1×8×8", 1e-6, 1e-5)
+    assert check.passed
+    assert not replace(check, error=float("nan")).passed
+    assert not replace(check, error=2e-5).passed
+    assert replace(check, error=1.0, gate=None).passed
+    assert replace(check, error=float("inf")).as_dict()["error"] == "inf"
+    assert relative_error(np.ones(3), torch.zeros(3)) > 1
