@@ -23,7 +23,8 @@ _TOGETHER = 2**28
 class Routing:
     """What the routers chose: inter [L,B,G], intra and index [L,B,G,k] (weights, sub-experts).
 
-    pooled: what they read, the token means of u less their running mean, [L,B,d].
+    pooled: the token means of u less their running mean, which the routers read, and the logarithms
+    of the root mean squares of u, [L,B,2d].
     """
 
     inter: Tensor
@@ -129,8 +130,9 @@ class MiM(nn.Module):
         return y, (F.layer_norm(y, y.shape[-1:]) * scale + shift).to(y.dtype)
 
     def pool(self, z: Tensor) -> Tensor:
-        """Token means of u for all layers, [L,B,d]; means of tiles average to the picture's."""
-        return torch.cat([self.project(z, i)[1].float().mean(2) for i in self.chunks(z)])
+        """Token means of u and of u² for all layers, [L,B,2d]; those of tiles average to the
+        picture's."""
+        return torch.cat([_moments(self.project(z, i)[1]) for i in self.chunks(z)])
 
     def chunks(self, z: Tensor) -> list[slice]:
         """Slices of the layers, each as long as memory for z [B,T,D] allows."""
@@ -140,8 +142,9 @@ class MiM(nn.Module):
         return [slice(i, min(i + size, self.layers)) for i in range(0, self.layers, size)]
 
     def route(self, pooled: Tensor) -> Routing:
-        """Routing of all layers from `pool`'s means [L,B,d]."""
-        return self._route(pooled.unsqueeze(2), slice(None))
+        """Routing of all layers from `pool`'s means [L,B,2d]."""
+        mean, _ = pooled.chunk(2, dim=-1)
+        return self._route(mean.unsqueeze(2), pooled, slice(None))
 
     def forward(
         self, z: Tensor, grid: Grid, layers: slice, routing: Routing | None = None
@@ -154,7 +157,7 @@ class MiM(nn.Module):
         if routing is None:
             if self.training:
                 self._track(u.detach().float().mean((1, 2)), layers)
-            chosen = self._route(u, layers)
+            chosen = self._route(u, _moments(u), layers)
         else:
             chosen = routing.at(layers)
         count, pictures = u.shape[:2]
@@ -179,8 +182,8 @@ class MiM(nn.Module):
         m = torch.baddbmm(bias, tokens, self.zero_weight[layers].transpose(1, 2))
         return m.unflatten(1, z.shape[:2]), chosen
 
-    def _route(self, x: Tensor, layers: slice) -> Routing:
-        """By the mean tokens of x [l,B,T,d], less the running means."""
+    def _route(self, x: Tensor, moments: Tensor, layers: slice) -> Routing:
+        """By the mean tokens of x [l,B,T,d], less the running means; moments [l,B,2d] of u."""
         weight = torch.cat(
             [self.inter_router[layers], self.intra_router[layers].flatten(1, 2)], dim=1
         )
@@ -201,8 +204,9 @@ class MiM(nn.Module):
         if self.intra == "dense":
             index = torch.arange(self.experts, device=x.device).expand(index.shape)
             intra = torch.full_like(intra, 1 / self.experts)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        pooled = x.mean(2, dtype=wide) - self.running_mean[layers].unsqueeze(1)
+        mean, square = moments.chunk(2, dim=-1)
+        mean = mean - self.running_mean[layers].unsqueeze(1)
+        pooled = torch.cat([mean, 0.5 * (square + 1e-4).log()], dim=-1)
         return Routing(inter, intra, index.long(), pooled)
 
     @torch.no_grad()
@@ -211,6 +215,12 @@ class MiM(nn.Module):
         self.running_steps[layers] += 1
         rate = torch.clamp(1 / self.running_steps[layers], min=momentum).unsqueeze(1)
         self.running_mean[layers] = self.running_mean[layers].lerp(mean, rate)
+
+
+def _moments(u: Tensor) -> Tensor:
+    """Token means of u [l,B,T,d] and of u², [l,B,2d], in float32 or wider."""
+    wide = u.to(torch.promote_types(u.dtype, torch.float32))
+    return torch.cat([wide.mean(2), wide.square().mean(2)], dim=-1)
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -41,8 +41,8 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
 
         mim_dim … renormalize: see `MiM`.
         prediction_type, damage_std: see `flow.to_velocity`.
-        pooled_condition: what the routers read of the damaged picture joins the pooled text, which
-            modulates all blocks. For models without text.
+        pooled_condition: means and mean squares of the damaged picture's tokens join the pooled
+            text, which modulates all blocks. For models without text.
         prompts, prompt_tokens: names and length of the text embeddings stored with the weights, so
             that no text encoder is needed; the first is used when none is asked for.
     """
@@ -102,7 +102,7 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
         )
         self.condition_embedder: nn.Linear | None = None
         if pooled_condition:
-            self.condition_embedder = nn.Linear(num_layers * mim_dim, pooled_projection_dim)
+            self.condition_embedder = nn.Linear(2 * num_layers * mim_dim, pooled_projection_dim)
             nn.init.zeros_(self.condition_embedder.weight)
             nn.init.zeros_(self.condition_embedder.bias)
         tokens = torch.randn(len(prompts), prompt_tokens, joint_attention_dim) * 0.02
@@ -203,7 +203,7 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
 
     @apply_forward_hook
     def pool_condition(self, lq_latents: Tensor) -> Tensor:
-        """What the routers read, [L,B,d]: average it over tiles, then `mim.route` it."""
+        """Token means [L,B,2d]: average them over tiles, then `mim.route` them."""
         return self.mim.pool(self._embed(lq_latents))
 
     @apply_forward_hook
@@ -244,9 +244,13 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
         text = encoder_hidden_states.to(hidden_states.dtype)
         pooled = pooled_projections.to(hidden_states.dtype)
         if condition is not None and self.condition_embedder is not None:
-            seen = condition.routing.pooled.transpose(0, 1).flatten(1)  # [B,L·d]
-            seen = torch.nn.functional.layer_norm(seen, seen.shape[1:]).to(pooled.dtype)
-            pooled = pooled + self.condition_embedder(seen)
+            # Each [B,L·d]; without the squares noise and blur, which have no mean, would be unseen.
+            parts = (
+                part.transpose(0, 1).flatten(1)
+                for part in condition.routing.pooled.chunk(2, dim=-1)
+            )
+            seen = [torch.nn.functional.layer_norm(x, x.shape[1:]).to(pooled.dtype) for x in parts]
+            pooled = pooled + self.condition_embedder(torch.cat(seen, dim=1))
         if self.engine is not None and not torch.is_grad_enabled() and not kwargs:
             return self.engine.predict(hidden_states, timestep, condition, text, pooled)
         if condition is not None:

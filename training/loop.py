@@ -97,7 +97,7 @@ _NEGLIGIBLE = 2e-3
 def balance_loss(model: MiMDiTTransformer2DModel, pooled: Tensor, picks: Tensor) -> Tensor:
     """Switch Transformer's load balance (arXiv 2101.03961, Eq. 4) over all routers; 1 is even."""
     mim = model.mim
-    centred = pooled - mim.running_mean[:, None]
+    centred = pooled.chunk(2, dim=-1)[0] - mim.running_mean[:, None]
     p = torch.einsum("lbd,lged->lbge", centred, mim.intra_router).softmax(-1).mean(1)
     share = picks.float().mean(1) / mim.top_k
     return mim.experts * (p * share).sum(-1).mean()

@@ -145,9 +145,10 @@ def pooled_condition(model: MiMDiTTransformer2DModel, z: Tensor) -> Tensor | flo
     for layer in range(len(w["mim.running_mean"])):
         y = z @ w["mim.down_weight"][layer].T + w["mim.down_bias"][layer]
         u = F.layer_norm(y, y.shape[-1:], w["mim.norm_weight"][layer], w["mim.norm_bias"][layer])
-        seen.append(u.mean(0) - w["mim.running_mean"][layer])
-    even = F.layer_norm(torch.cat(seen), [sum(len(s) for s in seen)])
-    return even[None] @ w["condition_embedder.weight"].T + w["condition_embedder.bias"]
+        seen.append((u.mean(0) - w["mim.running_mean"][layer], (u**2).mean(0)))
+    means, squares = (torch.cat(part) for part in zip(*seen, strict=True))
+    even = [F.layer_norm(x, x.shape) for x in (means, torch.log(torch.sqrt(squares + 1e-4)))]
+    return torch.cat(even)[None] @ w["condition_embedder.weight"].T + w["condition_embedder.bias"]
 
 
 def joint_attention(attn: Any, image: Tensor, text: Tensor | None = None) -> Tensor:

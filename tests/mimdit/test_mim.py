@@ -105,7 +105,7 @@ def test_running_mean_follows_training_batches_only() -> None:
     assert torch.equal(mim.running_mean, before)
     mim.train()
     mim(Z, (4, 5), FIRST)
-    pooled = mim.pool(Z)[0].mean(0)
+    pooled = mim.pool(Z)[0, :, :64].mean(0)
     torch.testing.assert_close(mim.running_mean[0], pooled, rtol=1e-5, atol=1e-6)
     assert torch.equal(mim.running_mean[1], before[1])
 

@@ -110,7 +110,7 @@ def test_balance_is_one_for_even_routers() -> None:
     with torch.no_grad():
         model.mim.intra_router.zero_()
     even = torch.full((2, 3, 4, 4), 0.5)
-    pooled = torch.randn(2, 3, 64)
+    pooled = torch.randn(2, 3, 128)
     assert balance_loss(model, pooled, even).item() == pytest.approx(1)
 
 
