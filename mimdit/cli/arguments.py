@@ -154,6 +154,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="tiles in one forward pass (default: 1)",
     )
     add(
+        "--engine",
+        type=Path,
+        metavar="DIR",
+        help="a folder written by mimdit-export, instead of --model",
+    )
+    add(
         "--no-accelerate",
         dest="accelerate",
         action="store_false",

@@ -9,6 +9,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,11 @@ def _load(args: argparse.Namespace) -> Any:
             os.environ.setdefault(name, "error")
     try:
         from diffusers.utils import logging
+
+        if args.engine is not None:
+            # Not imported by name: packages import one way, and `export` builds on this one.
+            (found,) = entry_points(group="mimdit.engines", name="onnx")
+            return found.load()(args.engine, args.device)
 
         from mimdit.engine import accelerate
         from mimdit.loading import load_pipeline

@@ -101,6 +101,7 @@ def window_regions(
     if masked:
         # All padded tokens are one region: which of the two sides they lie on does not matter.
         region = torch.where(real[0][:, None] & real[1][None, :], region, -1)
-    down, across = (len(w) // window for w in wrapped)
+    # `len` would give the number that was traced, a constant of an exported graph.
+    down, across = (w.shape[0] // window for w in wrapped)
     region = region.reshape(down, window, across, window).transpose(1, 2)
     return region.reshape(down * across, window * window)

@@ -105,16 +105,17 @@ def test_other_files_are_kept(exported: Exported, tmp_path: Path, capsys: Any) -
     assert "holds other files than an export" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["onnx", "onnxscript", "onnxruntime"])
+@pytest.mark.parametrize("name", ["onnx", "onnxscript", "onnxruntime", "tensorrt_rtx"])
 def test_missing_libraries(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setitem(cli.sys.modules, name, None)
-    assert cli.main(["--out", str(tmp_path / "out")]) == 1
+    assert cli.main(["--out", str(tmp_path / "out"), "--trt-rtx"]) == 1
     err = capsys.readouterr().err
     assert err.startswith(f"mimdit-export: {name} cannot be imported")
     assert err.count("\n") == 1
-    assert "pip install 'mimdit[export]'" in err
+    extra = "trt-rtx" if name == "tensorrt_rtx" else "export"
+    assert f"pip install 'mimdit[{extra}]'" in err
 
 
 @pytest.mark.parametrize(

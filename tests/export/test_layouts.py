@@ -75,11 +75,9 @@ def test_variants(options: list[str], tmp_path: Path) -> None:
 
 def test_no_bfloat16_on_this_device(tmp_path: Path, capsys: Any) -> None:
     """ONNX Runtime has few bfloat16 operators for CPUs: said in one line, and nothing is left."""
-    options = ["--out", str(tmp_path / "onnx"), "--precision", "bf16"]
-    assert main(["debug", *options]) == 1
+    assert main(["debug", "--out", str(tmp_path / "onnx"), "--precision", "bf16"]) == 1
     assert "onnxruntime cannot load it" in capsys.readouterr().err.splitlines()[-1]
     assert [*tmp_path.iterdir()] == []
-    assert main(["debug", *options, "--no-check"]) == 0
 
 
 @pytest.mark.parametrize(

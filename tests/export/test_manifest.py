@@ -135,3 +135,14 @@ def test_other_folders_are_not_replaced(tmp_path: Path) -> None:
     for name, message in (("photos", "holds other files"), ("file", "is a file")):
         with pytest.raises(ExportError, match=message), finished_folder(tmp_path / name):
             raise AssertionError
+
+
+def test_graphs_name_their_axes_and_no_places(exported: Exported) -> None:
+    import onnx
+
+    for path in exported.folder.glob("*.onnx"):
+        data = path.read_bytes()
+        assert str(Path.cwd()).encode() not in data and b"site-packages" not in data
+        model = onnx.load_model_from_string(data)
+        shape = model.graph.input[0].type.tensor_type.shape.dim
+        assert [d.dim_param or d.dim_value for d in shape] == ["batch", 48, "2*rows", "2*columns"]

@@ -81,7 +81,7 @@ def test_pictures_take_their_own_experts(exported: Exported, runtime: ExportedPi
 
 def test_ties_go_to_the_lowest_expert(runtime: ExportedPipeline) -> None:
     out = runtime.graphs["conditioner"](
-        z_lq=torch.zeros(1, 48, 16, 16), means=np.zeros((2, 1, 64), np.float32)
+        z_lq=torch.zeros(1, 48, 16, 16), means=np.zeros((2, 1, 128), np.float32)
     )
     np.testing.assert_array_equal(out["intra"][0], np.full((1, 4, 2), 0.25, np.float32))
     np.testing.assert_array_equal(out["index"][0], np.broadcast_to([0, 1], (1, 4, 2)))
@@ -90,7 +90,10 @@ def test_ties_go_to_the_lowest_expert(runtime: ExportedPipeline) -> None:
 CALLS: list[tuple[tuple[int, int], dict[str, Any]]] = [
     ((131, 257), {}),
     ((90, 5), {"num_inference_steps": 3}),
-    ((150, 200), {"num_inference_steps": 1, "shifts": 4, "tile": 96, "tile_batch": 3}),
+    (
+        (150, 120),
+        {"num_inference_steps": 1, "shifts": 4, "tile": 96, "tile_overlap": 16, "tile_batch": 3},
+    ),
     ((128, 140), {"num_inference_steps": 2, "guidance_scale": 2.5, "tile_overlap": 16}),
     ((128, 128), {"num_inference_steps": 1, "strength": 0.7, "color_fix": "adain"}),
 ]
@@ -120,6 +123,8 @@ def test_pictures_equal_the_pipelines(
     [
         ({"num_inference_steps": 0}, "num_inference_steps: expected at least 1, got 0"),
         ({"shifts": 3}, "shifts: expected one of 1, 2, 4, got 3"),
+        ({"shifts": 0}, "shifts: expected one of 1, 2, 4, got 0"),
+        ({"tile_batch": 0}, "tile_batch: expected at least 1, got 0"),
         ({"tile": 40}, "tile: expected 0 or 64 to 192 pixels, got 40"),
         ({"strength": 2}, "strength: expected 0 to 1, got 2"),
         ({"color_fix": "red"}, "color_fix: expected one of none, adain, wavelet, got 'red'"),

@@ -1,0 +1,134 @@
+"""What an exported folder holds, and whether it still holds it."""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from export.libraries import ExportError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+def weights_hash(parts: "Iterable[nn.Module]") -> str:
+    """SHA-256 over names, types, shapes and bytes of all tensors."""
+    import torch
+
+    digest = hashlib.sha256()
+    for number, part in enumerate(parts):
+        for name, tensor in sorted(part.state_dict().items()):
+            data = tensor.detach().cpu().contiguous()
+            digest.update(f"{number} {name} {data.dtype} {[*data.shape]}".encode())
+            digest.update(data.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path, entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe all files of a folder; `entries` are the other fields. Returns the manifest."""
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+        for path in sorted(folder.iterdir())
+        if path.name != MANIFEST
+    }
+    manifest = {"format": FORMAT, **entries, "files": files}
+    manifest["sha256"] = _own_hash(manifest)
+    text = json.dumps(manifest, indent=2, allow_nan=False) + "\n"
+    (folder / MANIFEST).write_text(text)
+    return json.loads(text)
+
+
+def verify(folder: Path | str, expected: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The manifest of a folder whose files are all as they were written.
+
+    expected: values that fields must have, by dotted names, such as {"model.weights": …}: an export
+    of other weights or settings is refused.
+
+    Raises:
+        ExportError: one sentence that names the first field that differs.
+    """
+    folder = Path(folder)
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError:
+        raise ExportError(f"{folder}: not an exported folder, it has no {MANIFEST}") from None
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{folder}: {MANIFEST} cannot be read ({error}); export again") from None
+    if not isinstance(manifest, dict):
+        raise ExportError(f"{folder}: {MANIFEST} is no JSON object; export again")
+    _same(folder, "format", FORMAT, manifest.get("format"))
+    _same(folder, "sha256", _own_hash(manifest), manifest.get("sha256"))
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if Path(name).name != name:
+            raise ExportError(f"{folder}: files.{name}: expected the name of a file in this folder")
+        if not path.is_file():
+            raise ExportError(f"{folder}: files.{name} is missing; export again")
+        _same(folder, f"files.{name}.bytes", entry["bytes"], path.stat().st_size)
+        _same(folder, f"files.{name}.sha256", entry["sha256"], file_hash(path))
+    for field, value in (expected or {}).items():
+        _same(folder, field, value, _at(manifest, field))
+    return manifest
+
+
+def _own_hash(manifest: Mapping[str, Any]) -> str:
+    """Of all fields but the hash itself."""
+    rest = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _at(manifest: Any, field: str) -> Any:
+    for key in field.split("."):
+        manifest = manifest.get(key) if isinstance(manifest, dict) else None
+    return manifest
+
+
+def _same(folder: Path, field: str, expected: Any, got: Any) -> None:
+    if expected != got:
+        raise ExportError(f"{folder}: {field}: expected {expected!r}, got {got!r}; export again")
+
+
+@contextmanager
+def finished_folder(target: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `target` at the end, whole or not at all.
+
+    It replaces an earlier export, but no folder of another kind.
+
+    Raises:
+        ExportError: `target` is neither new, empty nor an export.
+    """
+    if target.exists() and not target.is_dir():
+        raise ExportError(f"{target}: is a file; give a folder")
+    if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
+        raise ExportError(f"{target}: holds other files than an export; give another folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, so that renaming moves no data.
+    work = Path(tempfile.mkdtemp(".partial", f".{target.name}.", target.parent))
+    work.chmod(0o755)
+    try:
+        yield work
+        earlier = work.with_suffix(".earlier")
+        if target.exists():
+            target.rename(earlier)
+        try:
+            work.rename(target)
+        except OSError:
+            if earlier.exists():
+                earlier.rename(target)
+            raise
+        shutil.rmtree(earlier, ignore_errors=True)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

@@ -1,0 +1,125 @@
+"""Graphs as ONNX files."""
+
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import Dim
+
+from export.graphs import Graph
+from export.libraries import library
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes that a graph takes: pictures in a batch, tokens along each side; both ends included."""
+
+    batch: tuple[int, int]
+    side: tuple[int, int]
+
+    def traced(self) -> tuple[int, int, int]:
+        """Batch, rows and columns to trace with: where they vary, unlike each other and not 1."""
+        low, high = self.side
+        rows, columns = min(low + 3, high), min(low + 5, high)
+        return min(max(self.batch[0], 2), self.batch[1]), rows, columns
+
+
+@dataclass(frozen=True)
+class Written:
+    """An ONNX file: its name, nodes, and the seconds it took."""
+
+    graph: str
+    file: str
+    nodes: int
+    seconds: float
+
+
+def export_onnx(graph: Graph, folder: Path, limits: Limits, opset: int = 18) -> Written:
+    """Write `<name>.onnx` into `folder`; weights beyond 1.5 GB lie beside it, in `.onnx.data`.
+
+    To be called inside `graphs.traceable`. Raises ExportError where onnx or onnxscript is missing.
+    """
+    onnx = library("onnx")
+    library("onnxscript")
+    start = time.perf_counter()
+    batch, rows, columns = limits.traced()
+    example = graph.example(batch, rows, columns)
+    with warnings.catch_warnings():
+        # Of torch, about its own translation.
+        warnings.simplefilter("ignore")
+        program = torch.export.export(
+            graph, (), example, dynamic_shapes=dynamic_shapes(graph, example, limits)
+        )
+        exported: Any = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=opset,
+            input_names=list(example),
+            output_names=list(graph.outputs),
+            custom_translation_table=_translations(opset),
+            verbose=False,
+        )
+    _tidy(exported.model, graph)
+    path = folder / f"{graph.name}.onnx"
+    exported.save(path)
+    model = onnx.load(path, load_external_data=False)
+    onnx.checker.check_model(str(path))
+    return Written(graph.name, path.name, len(model.graph.node), time.perf_counter() - start)
+
+
+def dynamic_shapes(
+    graph: Graph, example: dict[str, Tensor], limits: Limits
+) -> dict[str, dict[int, Any]]:
+    """`torch.export`'s description of the axes that vary; those with one size are fixed."""
+    (low, high), (small, large) = limits.batch, limits.side
+    known: dict[str, Any] = {}
+    if low < high:
+        known["batch"] = Dim("batch", min=low, max=high)
+    if small < large:
+        known["tokens"] = Dim("tokens", min=small**2, max=large**2)
+        for name in ("rows", "columns"):
+            dim = Dim(name, min=small, max=large)
+            known[name] = graph.step * dim if graph.step > 1 else dim
+    return {
+        name: {i: known[axis] for i, axis in graph.axes[name].items() if axis in known}
+        for name in example
+    }
+
+
+def _tidy(model: Any, graph: Graph) -> None:
+    """Name the varying axes of inputs and outputs, and drop the exporter's paths and traces."""
+    ir = library("onnx_ir")
+    for node in model.graph.all_nodes():
+        for key in ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node"):
+            node.metadata_props.pop(key, None)
+    names: dict[str, str] = {}
+    for value in model.graph.inputs:
+        for axis, name in graph.axes[value.name].items():
+            if not isinstance(value.shape[axis], int):
+                scaled = name in ("rows", "columns") and graph.step > 1
+                names[str(value.shape[axis])] = f"{graph.step}*{name}" if scaled else name
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        sizes = (n if isinstance(n, int) else names.get(str(n), str(n)) for n in value.shape)
+        value.shape = ir.Shape(sizes)
+
+
+def _translations(opset: int) -> dict[Any, Any]:
+    """Operators that torch's own table lacks, or translates only for constants."""
+    op: Any = getattr(library("onnxscript"), f"opset{opset}")
+
+    def sort(self: Any, stable: bool, dim: int = -1, descending: bool = False) -> Any:
+        # ONNX promises what a stable sort does: TopK gives equal values to the lowest index first.
+        del stable
+        size = op.Constant(value_ints=[self.shape[dim]])
+        return op.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
+
+    def remainder(self: Any, other: Any) -> Any:
+        # Of places by a padded size; both round towards minus infinity.
+        return op.Mod(self, op.CastLike(other, self))
+
+    aten = torch.ops.aten
+    return {aten.sort.stable: sort, aten.remainder.Scalar: remainder}

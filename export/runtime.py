@@ -1,0 +1,326 @@
+"""An exported folder restores pictures: ONNX Runtime around `mimdit`'s tiles, without its model.
+
+Torch serves as the array library: tiles, colours and noise are the pipeline's own, so equal seeds
+give equal pictures. Neither diffusers nor a module of the network is imported.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from export.libraries import ExportError, library
+from export.manifest import verify
+from mimdit.color import COLOR_FIXES, color_fix
+from mimdit.errors import first_line
+from mimdit.inputs import Pictures, to_tensor
+from mimdit.tiling import Tiling, plan_tiles, reflect_pad
+
+# Conditioning tokens beyond this many bytes are computed anew in every step instead of kept.
+_CONDITION_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What the routers chose: inter [L,B,G], intra and index [L,B,G,k]."""
+
+    inter: np.ndarray
+    intra: np.ndarray
+    index: np.ndarray
+
+    def as_dict(self) -> dict[str, Any]:
+        """Nested lists, for JSON."""
+        return {name: getattr(self, name).tolist() for name in ("inter", "intra", "index")}
+
+
+class Restored(NamedTuple):
+    """images: float32 [B,H,W,3] in [0,1]; the routing taken."""
+
+    images: np.ndarray
+    routing: Routing
+
+
+class Session:
+    """One graph in ONNX Runtime."""
+
+    def __init__(self, path: Path, device: str = "cpu", threads: int = 0) -> None:
+        ort = library("onnxruntime")
+        name = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(device)
+        if name not in ort.get_available_providers():
+            raise ExportError(f"device: this onnxruntime has no provider for {device!r}")
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        # Notices about graph rewriting are not for users.
+        options.log_severity_level = 3
+        providers = [name] if device == "cpu" else [name, "CPUExecutionProvider"]
+        try:
+            self.session = ort.InferenceSession(str(path), options, providers=providers)
+        # Its errors share no class but Exception.
+        except Exception as error:
+            reason = first_line(error)
+            raise ExportError(f"{path.name}: onnxruntime cannot load it ({reason})") from error
+        # Where CUDA's libraries do not load, ONNX Runtime goes on without them.
+        if self.session.get_providers()[0] != name:
+            raise ExportError(f"{path.name}: onnxruntime cannot use {device}; see its messages")
+        self.inputs = {value.name for value in self.session.get_inputs()}
+        self.outputs = [value.name for value in self.session.get_outputs()]
+        self.value, self.device = ort.OrtValue, device
+
+    def resident(self, array: np.ndarray) -> Any:
+        """An input on the device, for many calls."""
+        return self.value.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)
+
+    def __call__(self, **inputs: Any) -> dict[str, np.ndarray]:
+        """All outputs by name; inputs are tensors on the CPU, arrays or `resident` values."""
+        values = {}
+        for name in self.inputs:
+            x = inputs[name]
+            x = x.detach().numpy() if isinstance(x, Tensor) else x
+            values[name] = self.resident(x) if isinstance(x, np.ndarray) else x
+        out = self.session.run_with_ort_values(self.outputs, values)
+        return {name: x.numpy() for name, x in zip(self.outputs, out, strict=True)}
+
+
+@dataclass
+class _Denoiser:
+    """Velocity at (latents [B,c,h,w], time): tiles share one routing and are blended."""
+
+    graphs: dict[str, Session]
+    z_lq: Tensor
+    tiling: Tiling
+    prompts: Sequence[tuple[Tensor, Tensor]]
+    guidance_scale: float
+    tile_batch: int
+    means: np.ndarray = field(init=False)
+    routing: Routing | None = field(init=False, default=None)
+    _kept: dict[int, Any] = field(init=False, default_factory=dict)
+    _bytes: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        total = 0
+        for tiles in self.tiling.chunks(self.tile_batch):
+            means = self.graphs["pool"](z_lq=self.tiling.cut(self.z_lq, tiles))["means"]
+            layers, _, dim = means.shape
+            total = total + means.reshape(layers, -1, len(self.z_lq), dim).sum(1)
+        self.means = total / len(self.tiling.corners)
+
+    def __call__(self, latents: Tensor, time: float) -> Tensor:
+        return self.tiling.blend(
+            lambda tiles: self._tiles(tiles, latents, time), latents, self.tile_batch
+        )
+
+    def _tiles(self, tiles: slice, latents: Tensor, time: float) -> Tensor:
+        x, z_lq = self.tiling.cut(latents, tiles), self.tiling.cut(self.z_lq, tiles)
+        condition = self._condition(tiles, z_lq)
+        parts = [
+            torch.from_numpy(
+                self.graphs["denoiser"](
+                    x_t=x,
+                    timestep=torch.full((len(x),), time),
+                    z_lq=z_lq,
+                    **condition,
+                    text=text.expand(len(x), -1, -1),
+                    pooled_text=pooled.expand(len(x), -1),
+                )["velocity"]
+            )
+            for text, pooled in self.prompts
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        return parts[1] + self.guidance_scale * (parts[0] - parts[1])
+
+    def _condition(self, tiles: slice, z_lq: Tensor) -> dict[str, Any]:
+        if tiles.start in self._kept:
+            return self._kept[tiles.start]
+        means = np.tile(self.means, (1, len(z_lq) // len(self.z_lq), 1))
+        out = self.graphs["conditioner"](z_lq=z_lq, means=means)
+        if self.routing is None:
+            chosen = (out[name][:, : len(self.z_lq)] for name in ("inter", "intra", "index"))
+            self.routing = Routing(*chosen)
+        resident = self.graphs["denoiser"].resident
+        found = {name: resident(out[name]) for name in ("tokens", "pooled")}
+        self._bytes += out["tokens"].nbytes
+        if self._bytes <= _CONDITION_BYTES:
+            self._kept[tiles.start] = found
+        return found
+
+
+class ExportedPipeline:
+    """Restores pictures with an exported folder; called as `mimdit.MiMDiTPipeline` is.
+
+    Args:
+        folder: of `mimdit-export`. device: "cpu", "cuda" or "auto". threads: 0 for all cores.
+
+    Raises:
+        ExportError: the folder is not whole, or ONNX Runtime cannot run it here.
+    """
+
+    def __init__(self, folder: Path | str, device: str = "auto", threads: int = 0) -> None:
+        folder = Path(folder)
+        self.manifest = verify(folder)
+        if self.manifest["parity"] == "failed":
+            raise ExportError(f"{folder}: parity: expected passed, got failed; see parity.json")
+        if device == "auto":
+            cuda = "CUDAExecutionProvider" in library("onnxruntime").get_available_providers()
+            device = "cuda" if cuda else "cpu"
+        self.settings: dict[str, Any] = self.manifest["runtime"]
+        self.limits: dict[str, list[int]] = self.manifest["limits"]
+        self.graphs = {
+            name: Session(folder / entry["file"], device, threads)
+            for name, entry in self.manifest["graphs"].items()
+        }
+        with np.load(folder / "prompts.npz") as file:
+            self._text = {
+                name: (
+                    torch.from_numpy(file["text"][i : i + 1]),
+                    torch.from_numpy(file["pooled_text"][i : i + 1]),
+                )
+                for i, name in enumerate(self.settings["prompts"])
+            }
+        self._progress: dict[str, Any] = {}
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """Options of tqdm, such as disable=True."""
+        self._progress = options
+
+    def __call__(
+        self,
+        image: Pictures,
+        num_inference_steps: int | None = None,
+        shifts: int | None = None,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | None = None,
+        strength: float = 1.0,
+        color_fix: str = "none",
+        tile: int = 0,
+        tile_overlap: int = 64,
+        tile_batch: int = 1,
+        output_type: str = "np",
+    ) -> Restored:
+        """Restore one picture or a batch of equal size; arguments as the pipeline's.
+
+        Noise is drawn on the CPU from `generator`, one draw of the latents' shape for each shifted
+        grid, as the pipeline draws it.
+
+        Raises:
+            ValueError: an argument out of range, or a result that is not finite.
+        """
+        settings = self.settings
+        steps = settings["default_steps"] if num_inference_steps is None else num_inference_steps
+        if num_inference_steps is None and shifts is None:
+            shifts = settings["default_shifts"]
+        shifts = 1 if shifts is None else shifts
+        places = self._check(steps, shifts, strength, color_fix, tile_batch, output_type)
+        damaged = to_tensor(image)
+        height, width = damaged.shape[-2:]
+        if not 1 <= len(damaged) <= self.limits["batch"][1]:
+            most = self.limits["batch"][1]
+            raise ValueError(f"image: expected 1 to {most} pictures at once, got {len(damaged)}")
+        prompts = self._prompts(guidance_scale)
+        sigmas = euler_sigmas(settings["scheduler"], steps)
+        images, routing = torch.zeros_like(damaged), None
+        with tqdm(total=steps * len(places), **self._progress) as bar:
+            for top, left in places:
+                moved = reflect_pad(damaged.flip(-2, -1), height + top, width + left).flip(-2, -1)
+                z_lq = self._encode(moved)
+                tiling = self._tiling((z_lq.shape[-2], z_lq.shape[-1]), tile, tile_overlap)
+                batch = max(1, min(tile_batch, self.limits["batch"][1] // len(damaged)))
+                denoiser = _Denoiser(self.graphs, z_lq, tiling, prompts, guidance_scale, batch)
+                latents = torch.randn(z_lq.shape, generator=generator)
+                for now, then in pairwise(sigmas):
+                    time = float(now * settings["scheduler"]["train_steps"])
+                    latents = latents + float(then - now) * denoiser(latents, time)
+                    bar.update()
+                routing = denoiser.routing if routing is None else routing
+                pixels = self._decode(latents) / 2 + 0.5
+                images += pixels[..., top : top + height, left : left + width] / len(places)
+        assert routing is not None
+        return Restored(_finish(images, damaged, strength, color_fix), routing)
+
+    def _check(
+        self, steps: int, shifts: int, strength: float, fix: str, batch: int, output_type: str
+    ) -> list[tuple[int, int]]:
+        """The grids' places, (down, right) in pixels, of arguments that are in range."""
+        places = self.settings["places"]
+        if steps < 1:
+            raise ValueError(f"num_inference_steps: expected at least 1, got {steps}")
+        if str(shifts) not in places:
+            raise ValueError(f"shifts: expected one of {', '.join(places)}, got {shifts}")
+        if not 0 <= strength <= 1:
+            raise ValueError(f"strength: expected 0 to 1, got {strength:g}")
+        if fix not in COLOR_FIXES:
+            raise ValueError(f"color_fix: expected one of {', '.join(COLOR_FIXES)}, got {fix!r}")
+        if batch < 1:
+            raise ValueError(f"tile_batch: expected at least 1, got {batch}")
+        if output_type != "np":
+            raise ValueError(f"output_type: expected np, got {output_type!r}")
+        return places[str(shifts)]
+
+    def _prompts(self, scale: float) -> list[tuple[Tensor, Tensor]]:
+        """Stored text of the one branch, or of the positive and the negative one."""
+        if scale == 1:
+            return [next(iter(self._text.values()))]
+        if not {"positive", "negative"} <= set(self._text):
+            raise ValueError(f"guidance_scale: expected 1, no two prompts are stored; got {scale}")
+        branches = [self._text["positive"], self._text["negative"]]
+        if all(torch.equal(p, n) for p, n in zip(*branches, strict=True)):
+            raise ValueError(f"guidance_scale: expected 1, the prompts are equal; got {scale}")
+        return branches
+
+    def _encode(self, damaged: Tensor) -> Tensor:
+        """Latents of pictures padded to whole patches."""
+        settings, (low, _) = self.settings, self.limits["side"]
+        patch = settings["factor"] * settings["patch_size"]
+        least = max(settings["min_tokens"], low)
+        padded = [max(-(-n // patch), least) * patch for n in damaged.shape[-2:]]
+        pictures = reflect_pad(damaged, *padded) * 2 - 1
+        if settings["codec"] == "pixel":
+            return F.pixel_unshuffle(pictures, settings["factor"])
+        if max(padded) > settings["largest"]:
+            got = f"{padded[0]}×{padded[1]} after padding"
+            raise ValueError(f"image: expected at most {settings['largest']} pixels, got {got}")
+        return torch.from_numpy(self.graphs["vae_encoder"](pictures=pictures)["latents"])
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        if self.settings["codec"] == "pixel":
+            return F.pixel_shuffle(latents, self.settings["factor"])
+        return torch.from_numpy(self.graphs["vae_decoder"](latents=latents)["pictures"])
+
+    def _tiling(self, plane: tuple[int, int], tile: int, overlap: int) -> Tiling:
+        settings = self.settings
+        factor, patch = settings["factor"], settings["patch_size"]
+        low, high = (side * patch for side in self.limits["side"])
+        trained = max(low, min(settings["sample_size"], high))
+        size = tile // (factor * patch) * patch if tile else trained
+        if not low <= size <= high:
+            span = f"{low * factor} to {high * factor}"
+            raise ValueError(f"tile: expected 0 or {span} pixels, got {tile}")
+        wanted = overlap // factor if tile else min(overlap // factor, size // 2)
+        return plan_tiles(plane, size, wanted, patch)
+
+
+def euler_sigmas(scheduler: dict[str, float], steps: int) -> np.ndarray:
+    """Noise levels from 1 to 0, [steps + 1] float32: diffusers' `FlowMatchEulerDiscreteScheduler`.
+
+    Shifted twice, as there: its ends are (SD3, arXiv 2403.03206, Eq. 23), then all in between.
+    """
+    count, shift = scheduler["train_steps"], scheduler["shift"]
+    first, last = scheduler["sigma_max"] * count, scheduler["sigma_min"] * count
+    sigmas = np.linspace(first, last, steps) / count
+    sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
+    return np.append(sigmas, 0).astype(np.float32)
+
+
+def _finish(restored: Tensor, damaged: Tensor, strength: float, fix: str) -> np.ndarray:
+    if not torch.isfinite(restored).all():
+        raise ValueError("the result is not finite; export with --precision fp32")
+    restored = color_fix(fix, restored, damaged)
+    restored = torch.lerp(damaged, restored, strength).clamp(0, 1)
+    return restored.movedim(1, -1).contiguous().numpy()
