@@ -238,8 +238,10 @@ def _load(args: argparse.Namespace) -> Any:
 
         if args.engine is not None:
             # Not imported by name: packages import one way, and `export` builds on this one.
-            (found,) = entry_points(group="mimdit.engines", name="onnx")
-            return found.load()(args.engine, args.device)
+            found = [*entry_points(group="mimdit.engines", name="onnx")]
+            if not found:
+                raise ValueError("expected the package export, found none; install mimdit anew")
+            return found[0].load()(args.engine, args.device)
 
         from mimdit.engine import accelerate
         from mimdit.loading import load_pipeline
@@ -252,7 +254,8 @@ def _load(args: argparse.Namespace) -> Any:
     except Exception as error:
         if args.debug:
             traceback.print_exc()
-        raise StopError(f"cannot load the model {args.model!r}: {first_line(error)}") from error
+        name = args.model if args.engine is None else str(args.engine)
+        raise StopError(f"cannot load the model {name!r}: {first_line(error)}") from error
 
 
 def _pick_device(wanted: str) -> str:

@@ -1,6 +1,7 @@
 """`joint_qkv` in Triton's interpreter against its reference and diffusers."""
 
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -75,7 +76,8 @@ def test_forward_and_gradients(
 
 def test_programs_that_sum_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     # Tiles of 64 tokens: two programs a head, of two tiles and of one.
-    monkeypatch.setattr("mimkernels.joint_qkv.kernel._PROGRAMS", 12)
+    # By its module: the package's own name is the function's.
+    monkeypatch.setattr(import_module("mimkernels.joint_qkv.kernel"), "_PROGRAMS", 12)
     streams = ((150, True), (140, False), (5, True))
     compare(joined, reference, inputs(streams))
 

@@ -324,3 +324,14 @@ def test_help_imports_no_torch():
 def test_the_engine_runs_unless_declined(pipe, folder, flags):
     assert main(["-i", str(picture(folder / "a.png")), "-o", "out", *flags]) == 0
     assert pipe.accelerated is not bool(flags)
+
+
+def test_an_exported_folder_takes_the_place_of_the_model(pipe, folder, monkeypatch):
+    seen = []
+    entry = SimpleNamespace(load=lambda: lambda path, device: seen.append((path, device)) or pipe)
+    monkeypatch.setattr("mimdit.cli.restore.entry_points", lambda **_: [entry])
+    command = ["-i", str(picture(folder / "a.png")), "-o", "out", "--engine", "exported"]
+    assert main(command) == 0
+    assert [str(path) for path, _ in seen] == ["exported"] and not pipe.loads
+    monkeypatch.setattr("mimdit.cli.restore.entry_points", lambda **_: [])
+    assert main([*command, "--overwrite"]) != 0
