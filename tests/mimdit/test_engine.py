@@ -56,9 +56,11 @@ def test_results_are_the_reference(options: dict[str, Any]) -> None:
         condition = model.encode_condition(z)
         assert not condition.tokens
         found = model(x, t, condition).sample
-        # Diffusers' RMSNorm has a float32 variance, whatever it is given.
-        tolerance = 1e-6 if "qk_norm" in options else 1e-9
-        torch.testing.assert_close(found, reference, rtol=0, atol=tolerance)
+        # Diffusers' RMSNorm has a float32 variance, whatever it is given; gains make velocities of
+        # several hundred, so their errors are relative.
+        tolerance = 1e-7 if "qk_norm" in options else 1e-9
+        scale = reference.abs().max().item()
+        torch.testing.assert_close(found, reference, rtol=0, atol=tolerance * max(scale, 1))
 
 
 @torch.no_grad()
