@@ -103,9 +103,9 @@ def test_compiles_into_one_graph() -> None:
     assert found.graph_count == 1
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
-        torch.testing.assert_close(
-            compiled(x, t, lq_latents=z).sample, model(x, t, lq_latents=z).sample
-        )
+        # Random gains make velocities of several hundred.
+        found, wanted = compiled(x, t, lq_latents=z).sample, model(x, t, lq_latents=z).sample
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_large_pictures_pass_the_vae_in_tiles(pipe: MiMDiTPipeline) -> None:
