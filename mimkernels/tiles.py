@@ -54,7 +54,10 @@ def matrix_tile(
         m, inner, stages = min(m, 32), 16, 2
         if accumulators > 1:
             m, n = 16, min(n, 32)
-    warps = 8 if m * n > 64 * 128 else 4
+    elif accumulators > 1 and architecture == "sm_100":
+        # The second accumulator leaves tensor memory for registers, and spills at 128×128.
+        m = min(m, 64)
+    warps = 8 if m * n * accumulators > 64 * 128 else 4
     return Tile(m, n, inner, warps, stages)
 
 
