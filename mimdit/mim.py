@@ -143,8 +143,7 @@ class MiM(nn.Module):
 
     def route(self, pooled: Tensor) -> Routing:
         """Routing of all layers from `pool`'s means [L,B,2d]."""
-        mean, _ = pooled.chunk(2, dim=-1)
-        return self._route(mean.unsqueeze(2), pooled, slice(None))
+        return self._route(pooled, slice(None))
 
     def forward(
         self, z: Tensor, grid: Grid, layers: slice, routing: Routing | None = None
@@ -155,9 +154,10 @@ class MiM(nn.Module):
         """
         y, u = self.project(z, layers)
         if routing is None:
+            moments = _moments(u)
             if self.training:
-                self._track(u.detach().float().mean((1, 2)), layers)
-            chosen = self._route(u, _moments(u), layers)
+                self._track(moments.chunk(2, dim=-1)[0].mean(1), layers)
+            chosen = self._route(moments, layers)
         else:
             chosen = routing.at(layers)
         count, pictures = u.shape[:2]
@@ -182,15 +182,16 @@ class MiM(nn.Module):
         m = torch.baddbmm(bias, tokens, self.zero_weight[layers].transpose(1, 2))
         return m.unflatten(1, z.shape[:2]), chosen
 
-    def _route(self, x: Tensor, moments: Tensor, layers: slice) -> Routing:
-        """By the mean tokens of x [l,B,T,d], less the running means; moments [l,B,2d] of u."""
+    def _route(self, moments: Tensor, layers: slice) -> Routing:
+        """By the mean tokens, the first half of moments [l,B,2d], less the running means."""
+        mean, square = moments.chunk(2, dim=-1)
         weight = torch.cat(
             [self.inter_router[layers], self.intra_router[layers].flatten(1, 2)], dim=1
         )
         # R·(x̄ − μ) = R·x̄ − R·μ; not as a product, which autocast would round.
         bias = -(weight * self.running_mean[layers].unsqueeze(1)).sum(-1)
         inter, intra, index = image_gate(
-            x,
+            mean.unsqueeze(2),
             weight,
             bias,
             groups=len(self.groups),
@@ -202,11 +203,10 @@ class MiM(nn.Module):
             top = inter.argmax(-1, keepdim=True)
             inter = torch.zeros_like(inter).scatter(-1, top, inter.gather(-1, top))
         if self.intra == "dense":
-            index = torch.arange(self.experts, device=x.device).expand(index.shape)
+            index = torch.arange(self.experts, device=mean.device).expand(index.shape)
             intra = torch.full_like(intra, 1 / self.experts)
-        mean, square = moments.chunk(2, dim=-1)
-        mean = mean - self.running_mean[layers].unsqueeze(1)
-        pooled = torch.cat([mean, 0.5 * (square + 1e-4).log()], dim=-1)
+        centred = mean - self.running_mean[layers].unsqueeze(1)
+        pooled = torch.cat([centred, 0.5 * (square + 1e-4).log()], dim=-1)
         return Routing(inter, intra, index.long(), pooled)
 
     @torch.no_grad()

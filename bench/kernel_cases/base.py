@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from math import isqrt
 from typing import Any
 
 import torch
@@ -53,6 +54,12 @@ def picks(size: Size, draw: Draw) -> tuple[Tensor, list[list[int]]]:
     scores = draw(size.pictures, size.experts).float()
     index = scores.argsort(dim=-1, stable=True)[:, : size.slots].contiguous()
     return index, index.tolist()
+
+
+def grid_of(tokens: int) -> tuple[int, int]:
+    """Height and width of the squarest plane of so many tokens."""
+    height = next(n for n in range(isqrt(tokens), 0, -1) if tokens % n == 0)
+    return height, tokens // height
 
 
 def liger() -> str:

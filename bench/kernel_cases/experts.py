@@ -2,14 +2,21 @@
 
 from collections.abc import Sequence
 from functools import partial
-from math import isqrt
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.kernel_cases.base import Case, Draw, Size, grouped_product, liger, where_grouped
+from bench.kernel_cases.base import (
+    Case,
+    Draw,
+    Size,
+    grid_of,
+    grouped_product,
+    liger,
+    where_grouped,
+)
 from bench.kernel_cases.base import picks as picks_of
 from mimkernels import expert_combine, expert_depthwise3x3, expert_linear, image_gate
 from mimkernels.costs import cost
@@ -133,9 +140,8 @@ def expert_combine_case(size: Size, draw: Draw) -> Case:
 
 
 def expert_depthwise3x3_case(size: Size, draw: Draw) -> Case:
-    height = next(n for n in range(isqrt(size.tokens), 0, -1) if size.tokens % n == 0)
     channels = 3 * size.channels
-    x = draw(size.pictures, size.slots, height, size.tokens // height, channels)
+    x = draw(size.pictures, size.slots, *grid_of(size.tokens), channels)
     index, picks = picks_of(size, draw)
     tensors = [x, draw(size.experts, channels, 3, 3, scale=1 / 3), index]
 

@@ -1,9 +1,8 @@
 """The case of Swin's window attention."""
 
 from functools import partial
-from math import isqrt
 
-from bench.kernel_cases.base import Case, Draw, Size, liger, picks
+from bench.kernel_cases.base import Case, Draw, Size, grid_of, liger, picks
 from mimkernels import window_attention
 from mimkernels.costs import cost
 from mimkernels.window_attention import window_attention_reference
@@ -16,9 +15,9 @@ def window_attention_case(size: Size, draw: Draw) -> Case:
     """
     # Heads of 32 channels where the width has them, windows of 8 on grids that have one.
     heads = max(size.channels // 32, 1)
-    height = next(n for n in range(isqrt(size.tokens), 0, -1) if size.tokens % n == 0)
-    window = 8 if height >= 8 else 2
-    qkv = draw(size.pictures, size.slots, height, size.tokens // height, 3 * size.channels)
+    grid = grid_of(size.tokens)
+    window = 8 if min(grid) >= 8 else 2
+    qkv = draw(size.pictures, size.slots, *grid, 3 * size.channels)
     table = draw(size.experts, (2 * window - 1) ** 2, heads)
     index, _ = picks(size, draw)
     shape = {"window": window, "heads": heads}
