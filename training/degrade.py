@@ -246,10 +246,17 @@ def degrade(
     return np.clip(result, 0.0, 1.0).astype(np.float32), Label(ordered, parameters)
 
 
+# Pictures that are left as they are: a good picture must not be made worse.
+CLEAN_SHARE = 0.03
+
+
 def sample_kinds(rng: np.random.Generator, mixtures: float = 0.3) -> tuple[str, ...]:
-    """Kinds for one training picture: a FoundIR mixture in `mixtures` of draws, else one kind."""
+    """Kinds for one training picture: none in `CLEAN_SHARE` of the draws, a FoundIR mixture in
+    `mixtures` of the others, else one kind."""
     if not 0 <= mixtures <= 1:
         raise ValueError(f"mixtures: expected a share in [0, 1], got {mixtures}")
+    if rng.random() < CLEAN_SHARE:
+        return ()
     if rng.random() < mixtures:
         combined = [kinds for kinds in FOUNDIR_TYPES.values() if len(kinds) > 1]
         return combined[int(rng.integers(len(combined)))]

@@ -138,7 +138,7 @@ def test_errors_name_what_was_got() -> None:
 def test_sampled_kinds_are_single_or_foundir_mixtures() -> None:
     rng = np.random.default_rng(0)
     drawn = [sample_kinds(rng) for _ in range(600)]
-    assert set(drawn) == {(kind,) for kind in KINDS} | set(FOUNDIR_TYPES.values())
+    assert set(drawn) == {()} | {(kind,) for kind in KINDS} | set(FOUNDIR_TYPES.values())
     assert 0.2 < sum(len(kinds) > 1 for kinds in drawn) / 600 < 0.4
     assert len(FOUNDIR_TYPES) == 20
 
