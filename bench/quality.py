@@ -1,8 +1,9 @@
-"""How much a model improves held-out photographs: `mimdit-eval` or `python -m bench.quality`.
+"""How much a model improves pictures: `mimdit-eval` or `python -m bench.quality`.
 
 Damages the four photographs that training never sees, restores them with several numbers of steps,
 and compares with the best classical method for the damage. Prints Markdown tables of PSNR and SSIM,
 and of the routing; rows with all figures go to a JSON-lines file, a before/after picture to a file.
+With --dataset it restores and scores a data set instead (`bench.evaluate`).
 """
 
 import argparse
@@ -16,7 +17,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bench import classical, routing
+from bench import classical, evaluate, routing
+from bench.evaluate import shifts_of
 from mimdit.engine import accelerate
 from mimdit.loading import load_pipeline
 from mimdit.metrics import OFFLINE, scorer
@@ -54,11 +56,6 @@ def damaged(damage: str, clean: np.ndarray, seed: int) -> np.ndarray:
     kinds, pinned = DAMAGES[damage]
     out, _ = degrade(clean, kinds, np.random.default_rng(seed), **pinned)
     return np.round(out * 255) / np.float32(255)
-
-
-def shifts_of(pipe: MiMDiTPipeline, steps: int) -> int:
-    """Grids of patches to average: as recommended with the recommended steps, else one."""
-    return pipe.config["default_shifts"] if steps == pipe.config["default_steps"] else 1
 
 
 def restore(pipe: MiMDiTPipeline, image: np.ndarray, steps: int, seed: int) -> tuple[Any, Any]:
@@ -138,22 +135,10 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def routing_report(rows: Sequence[Row], groups: Sequence[str]) -> str:
-    """Inter weights by damage beside the paper's, and what the picks tell about single damages."""
+    """`routing.report` of the restored pictures."""
     restored = [row for row in rows if row["variant"] == "restored"]
-    inter = {
-        damage: torch.tensor([r["inter"] for r in restored if r["damage"] == damage]).mean(0)
-        for damage in dict.fromkeys(row["damage"] for row in restored)
-    }
-    single = [row for row in restored if "+" not in row["damage"]]
-    if not single:
-        return routing.table(inter, groups)
-    shares = torch.tensor([row["picks"] for row in single])
-    bits = routing.mutual_information([row["damage"] for row in single], shares)
-    return (
-        f"{routing.table(inter, groups)}\n\nMutual information of damage and chosen sub-experts: "
-        f"mean {bits.mean():.2f}, largest {bits.max():.2f} bits of a group; the least used "
-        f"sub-expert has {shares.mean(0).min():.1%} of the picks of its group."
-    )
+    inter, picks = (torch.tensor([row[key] for row in restored]) for key in ("inter", "picks"))
+    return routing.report([row["damage"] for row in restored], inter, picks, groups)
 
 
 def before_after(
@@ -170,34 +155,73 @@ def before_after(
     return Image.fromarray(np.round(sheet * 255).astype(np.uint8))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="mimdit-eval", description=__doc__)
     p.add_argument("--model", default="tiny", help="shipped model, folder or hub id")
-    p.add_argument("--size", type=int, default=384, help="pixels a side (default 384)")
-    p.add_argument("--steps", type=int, nargs="+", default=[1, 8, 40], help="(default 1 8 40)")
-    p.add_argument("--seeds", type=int, default=3, help="draws of damage and noise (default 3)")
-    p.add_argument("--damages", nargs="+", default=list(DAMAGES), choices=list(DAMAGES))
-    p.add_argument("--metrics", nargs="*", default=OFFLINE, help="of pyiqa, besides PSNR and SSIM")
+    p.add_argument("--size", type=int, help="pixels a side (default 384)")
+    p.add_argument(
+        "--steps", type=int, nargs="+", help="(default 1 8 40; of data sets: the model's)"
+    )
+    p.add_argument("--seeds", type=int, help="draws of damage and noise (default 3)")
+    p.add_argument("--damages", nargs="+", choices=list(DAMAGES), help="(default: all)")
+    p.add_argument("--metrics", nargs="*", help="of pyiqa, besides PSNR and SSIM")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=["bf16", "fp16", "fp32"])
     p.add_argument("--out", type=Path, help="JSON-lines file for all rows")
     p.add_argument("--picture", type=Path, help="file for a before/after picture")
+    evaluate.add_arguments(p)
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    p = parser()
     args = p.parse_args(argv)
-    pipe = accelerate(load_pipeline(args.model, args.device, args.precision))
-    pipe.set_progress_bar_config(disable=True)
-    score = scorer(args.metrics, args.device)
+
+    def load() -> MiMDiTPipeline:
+        pipe = accelerate(load_pipeline(args.model, args.device, args.precision))
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    if args.dataset is None:
+        if args.data is not None:
+            p.error("--data needs --dataset, such as --dataset folder")
+        return _held_out(args, load())
+    if args.data is None:
+        p.error(f"--dataset {args.dataset} needs --data, its folder")
+    for name in ("size", "seeds", "damages", "out", "picture"):
+        if getattr(args, name) is not None:
+            p.error(f"--{name} is of the held-out photographs, it does not go with --dataset")
+    if args.originals is not None and args.dataset != "folder":
+        p.error("--originals goes with --dataset folder only")
+    if args.steps is not None and len(args.steps) > 1:
+        p.error(f"--steps: expected one number with --dataset, got {args.steps}")
+    try:
+        return evaluate.run(args, load)
+    except (ValueError, OSError) as error:
+        print(f"mimdit-eval: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mimdit-eval: stopped; the same command goes on", file=sys.stderr)
+        return 130
+
+
+def _held_out(args: argparse.Namespace, pipe: MiMDiTPipeline) -> int:
+    """Measure and print as parsed."""
+    size, seeds = args.size or 384, args.seeds or 3
+    steps, damages = args.steps or [1, 8, 40], args.damages or list(DAMAGES)
+    score = scorer(OFFLINE if args.metrics is None else args.metrics, args.device)
     for name, reason in score.missing.items():  # pyright: ignore[reportFunctionMemberAccess]
         print(f"note: without {name}: {reason}", file=sys.stderr)
     rows = []
-    for row in measure(pipe, args.size, args.steps, args.seeds, args.damages, score):
+    for row in measure(pipe, size, steps, seeds, damages, score):
         rows.append(row)
         if args.out:
             with args.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")
     print(table(rows) + "\n\n" + routing_report(rows, pipe.transformer.config["groups"]))
     if args.picture:
-        single = [damage for damage in args.damages if "+" not in damage]
-        sheet = before_after(pipe, single or args.damages, args.size, pipe.config["default_steps"])
+        single = [damage for damage in damages if "+" not in damage]
+        sheet = before_after(pipe, single or damages, size, pipe.config["default_steps"])
         sheet.save(args.picture, quality=90)
     return 0
 

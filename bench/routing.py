@@ -36,6 +36,32 @@ def mutual_information(labels: Sequence[str], shares: Tensor) -> Tensor:
     return (joint * (joint / independent).clamp(min=1e-12).log2()).nan_to_num().sum((0, -1))
 
 
+def by_label(labels: Sequence[str], inter: Tensor) -> dict[str, Tensor]:
+    """Mean inter weights [G] of the pictures of each label; inter [N,G]."""
+    return {
+        name: inter[torch.tensor([x == name for x in labels])].mean(0)
+        for name in dict.fromkeys(labels)
+    }
+
+
+def report(labels: Sequence[str], inter: Tensor, shares: Tensor, groups: Sequence[str]) -> str:
+    """Inter weights by damage beside the paper's, and what the picks tell about single damages.
+
+    labels: kinds of each of N pictures, joined by "+". inter [N,G], shares [N,L,G,E] (`picks`).
+    """
+    found = table(by_label(labels, inter), groups)
+    single = [i for i, label in enumerate(labels) if "+" not in label]
+    if not single:
+        return found
+    some = shares[torch.tensor(single)]
+    bits = mutual_information([labels[i] for i in single], some)
+    return (
+        f"{found}\n\nMutual information of damage and chosen sub-experts: "
+        f"mean {bits.mean():.2f}, largest {bits.max():.2f} bits of a group; the least used "
+        f"sub-expert has {some.mean(0).min():.1%} of the picks of its group."
+    )
+
+
 def table(inter: Mapping[str, Tensor], groups: Sequence[str]) -> str:
     """Markdown: mean inter weights by damage, [G] each, beside the paper's."""
     lines = [

@@ -3,8 +3,12 @@
 Pictures are tensors [3,H,W] or [B,3,H,W] with values in [0,1].
 """
 
+import contextlib
 import math
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +18,21 @@ from mimdit.errors import first_line
 
 # Of pyiqa, those that need no downloaded weights; the last two need no original.
 OFFLINE = ("ms_ssim", "vif", "gmsd", "fsim", "nlpd", "cw_ssim", "piqe", "entropy")
+# Of pyiqa, what all-in-one restoration is compared by; most download weights at their first use.
+STANDARD = ("psnr", "ssim", "lpips", "fid", "niqe", "liqe", "musiq", "clipiqa")
+STANDARD += ("clipiqa+_vitL14_512",)
+# What pyiqa computes under these names (its default configurations).
+_VARIANTS = {
+    "psnr": "RGB, data range 1",
+    "ssim": "Y of YCbCr, 11×11 Gaussian, no downsampling",
+    "lpips": "AlexNet, v0.1",
+    "fid": "clean-fid resizing, Inception v3",
+    "niqe": "Y of YCbCr",
+    "liqe": "KonIQ-10k",
+    "musiq": "KonIQ-10k",
+    "clipiqa": "CLIP RN50, two prompts",
+    "clipiqa+_vitL14_512": "CLIP-IQA+, ViT-L/14, 512 pixels",
+}
 _LUMA = (0.299, 0.587, 0.114)
 
 
@@ -47,31 +66,81 @@ def ssim(a: Tensor, b: Tensor) -> float:
     return float(score)
 
 
-def scorer(names: Sequence[str] = OFFLINE, device: str = "cpu") -> Callable[..., dict[str, float]]:
-    """A function (restored, clean) → all figures: PSNR, SSIM, and pyiqa's `names`.
+@dataclass(frozen=True)
+class Metric:
+    """A metric of pyiqa.
 
-    pyiqa is optional (`pip install mimdit[eval]`) and of a non-commercial licence. The attribute
-    `missing` of the function says why a metric cannot be computed here.
+    Attributes:
+        variant: in words, what exactly is computed.
+        lower_is_better, needs_original: as they say.
+        of_folders: it compares two sets of pictures (FID) and has no value for one picture.
+        network: pyiqa's module.
     """
-    metrics: dict[str, Any] = {}
+
+    name: str
+    variant: str
+    lower_is_better: bool
+    needs_original: bool
+    of_folders: bool
+    network: Any
+
+    def __call__(self, restored: Tensor, clean: Tensor | None = None) -> float:
+        """The value for one picture [3,H,W] in [0,1]; `clean` where it needs the original."""
+        pictures = [x[None].float() for x in (restored, clean) if x is not None]
+        with torch.no_grad():
+            return float(self.network(*pictures[: 2 if self.needs_original else 1]))
+
+    def compare_folders(self, restored: Path, clean: Path) -> float:
+        """The value for the pictures in one folder against those in another."""
+        with torch.no_grad():
+            value = self.network(str(restored), str(clean), num_workers=0, verbose=False)
+        return float(value)
+
+
+def load_metrics(
+    names: Sequence[str], device: str = "cpu"
+) -> tuple[dict[str, Metric], dict[str, str]]:
+    """The metrics of pyiqa that can be had here, and for the others one sentence why not.
+
+    pyiqa is optional (`pip install mimdit[eval]`) and of a non-commercial licence.
+    """
+    metrics: dict[str, Metric] = {}
     missing: dict[str, str] = {}
     for name in names:
         try:
             import pyiqa  # pyright: ignore[reportMissingImports]
 
-            metrics[name] = pyiqa.create_metric(name, device=torch.device(device))
+            # Its notices of downloads would mix with tables.
+            with contextlib.redirect_stdout(sys.stderr):
+                network = pyiqa.create_metric(name, device=torch.device(device))
         # Weights that cannot be downloaded, packages that are not there: many kinds of error.
         except Exception as error:
-            missing[name] = first_line(error)
+            what = "its weights cannot be had here: " if isinstance(error, OSError) else ""
+            missing[name] = what + first_line(error)
+            continue
+        of_folders = "fid" in name
+        metrics[name] = Metric(
+            name,
+            _VARIANTS.get(name, "pyiqa's default"),
+            bool(network.lower_better),
+            network.metric_mode == "FR" or of_folders,
+            of_folders,
+            network,
+        )
+    return metrics, missing
+
+
+def scorer(names: Sequence[str] = OFFLINE, device: str = "cpu") -> Callable[..., dict[str, float]]:
+    """A function (restored, clean) → all figures: PSNR, SSIM, and pyiqa's `names`.
+
+    The attribute `missing` of the function says why a metric cannot be computed here.
+    """
+    metrics, missing = load_metrics(names, device)
 
     def score(restored: Tensor, clean: Tensor) -> dict[str, float]:
         found = {"psnr": psnr(restored, clean), "ssim": ssim(restored, clean)}
-        a, b = (x[None].float().to(device) for x in (restored, clean))
-        for name, metric in metrics.items():
-            with torch.no_grad():
-                value = metric(a, b) if metric.metric_mode == "FR" else metric(a)
-            found[name] = float(value)
-        return found
+        a, b = restored.to(device), clean.to(device)
+        return found | {name: metric(a, b) for name, metric in metrics.items()}
 
     score.missing = missing  # pyright: ignore[reportFunctionMemberAccess]
     return score

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 
 import numpy as np
+import torch
 from PIL import Image
 
 
@@ -19,16 +21,27 @@ def _clip(image: np.ndarray) -> np.ndarray:
 
 def _convolve(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     """Same-size convolution with reflected borders; [H, W, C] with an odd [k, k] kernel."""
-    height, width = image.shape[:2]
-    r = kernel.shape[0] // 2
-    # [C, H + 2r, W + 2r]
-    padded = np.pad(image.transpose(2, 0, 1), ((0, 0), (r, r), (r, r)), mode="reflect")
+    planes = _convolve_sum(image.transpose(2, 0, 1)[None], [kernel])
+    return planes.permute(1, 2, 0).contiguous().numpy()
+
+
+def _convolve_sum(planes: np.ndarray, kernels: Sequence[np.ndarray]) -> torch.Tensor:
+    """Sum over n of [N, C, H, W] convolved with N odd square kernels: float32 [C, H, W].
+
+    Borders are reflected. Torch's FFT takes half the time of numpy's.
+    """
+    height, width = planes.shape[2:]
+    r = max(kernel.shape[0] for kernel in kernels) // 2
+    rows, columns = (_mirror(np.arange(-r, n + r), n) for n in (height, width))
+    padded = torch.from_numpy(planes.take(rows, 2).take(columns, 3))
     # Multiples of 32 keep the FFT off large prime lengths; wrapped values fall in the cut border.
-    shape = tuple(-(-n // 32) * 32 for n in padded.shape[1:])
-    spectrum = np.fft.rfft2(padded, s=shape) * np.fft.rfft2(kernel.astype(np.float32), s=shape)
-    full = np.fft.irfft2(spectrum, s=shape)
-    result = full[:, 2 * r : 2 * r + height, 2 * r : 2 * r + width]
-    return np.ascontiguousarray(result.transpose(1, 2, 0), dtype=np.float32)
+    shape = [-(-n // 32) * 32 for n in padded.shape[2:]]
+    # [N, 1, k, k], the smaller ones with zeros around
+    centred = [np.pad(k.astype(np.float32), r - k.shape[0] // 2) for k in kernels]
+    spectra = torch.fft.rfft2(torch.from_numpy(np.stack(centred)[:, None]), s=shape)
+    spectra = spectra * torch.fft.rfft2(padded, s=shape)
+    total = torch.fft.irfft2(spectra.sum(0), s=shape)
+    return total[:, 2 * r : 2 * r + height, 2 * r : 2 * r + width]
 
 
 def _splat(points: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
@@ -192,17 +205,16 @@ def rain(
     `strength` is the peak light added; `veil` the share of gray mist that heavy rain mixes in.
     """
     height, breadth = image.shape[:2]
-    layer = np.zeros((height, breadth, 1), np.float32)
+    layers, kernels = [], []
     # Two layers, near and far, keep the streaks from being copies of one line.
     for stretch, thick, share in ((1.0, width, 0.4), (0.6, max(1.0, 0.6 * width), 0.6)):
         chance = share * density / thick**1.1
-        draw = rng.random((height, breadth, 1), dtype=np.float32)
+        draw = rng.random((height, breadth), dtype=np.float32)
         # Below the threshold the draw is itself uniform: it serves as the streak's brightness.
         seeds = np.where(draw < chance, 0.3 + 0.7 * draw / max(chance, 1e-12), 0.0)
-        layer += _convolve(
-            seeds.astype(np.float32),
-            _streak(length * stretch, thick, angle + rng.normal(0.0, 2.0)) / thick**0.4,
-        )
+        layers.append(seeds.astype(np.float32)[None])
+        kernels.append(_streak(length * stretch, thick, angle + rng.normal(0.0, 2.0)) / thick**0.4)
+    layer = _convolve_sum(np.stack(layers), kernels)[0, ..., None].numpy()
     light = np.float32(strength) * np.clip(layer, 0.0, 1.0)
     misty = image * np.float32(1 - veil) + np.float32(0.75 * veil)
     return _clip(misty + light)
@@ -241,11 +253,14 @@ def raindrops(
         reach = math.ceil(a * tall * 1.3) + 1
         top, left = max(0, int(cy) - reach), max(0, int(cx) - reach)
         bottom, right = min(height, int(cy) + reach + 1), min(width, int(cx) + reach + 1)
-        y, x = np.mgrid[top:bottom, left:right].astype(np.float32)
-        dy, dx = (y - cy) / (a * tall), (x - cx) / a
-        distance = np.hypot(dy, dx) * (1 + dent * np.sin(3 * np.arctan2(dy, dx) + phase))
-        view_y = _mirror(cy - magnification * (y - cy) * (1 + distance), height)
-        view_x = _mirror(cx - magnification * (x - cx) * (1 + distance), width)
+        y = np.arange(top - cy, bottom - cy, dtype=np.float32)[: bottom - top, None]
+        x = np.arange(left - cx, right - cx, dtype=np.float32)[None, : right - left]
+        dy, dx = y / np.float32(a * tall), x / np.float32(a)
+        distance = np.sqrt(dy * dy + dx * dx)
+        distance *= 1 + np.float32(dent) * np.sin(3 * np.arctan2(dy, dx) + np.float32(phase))
+        stretch = np.float32(-magnification) * (1 + distance)
+        view_y = _mirror(cy + stretch * y, height)
+        view_x = _mirror(cx + stretch * x, width)
         # Light falls on a drop from its lower half, where the sky is refracted to.
         shade = 1.0 + 0.18 * np.clip(dy, -1, 1) - 0.35 * np.clip(distance, 0, 1) ** 6
         inside = blurred[view_y, view_x] * shade[..., None]

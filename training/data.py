@@ -16,6 +16,8 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import IterableDataset, get_worker_info
 
+from training.datasets.pairs import EXTENSIONS, pictures
+from training.datasets.reading import Box, PictureFile, resampled
 from training.degrade import degrade, sample_kinds
 from training.scenes import procedural
 
@@ -44,8 +46,6 @@ PHOTOGRAPHS = {
     "text": ("skimage", "data/text.png", 0.05),
     "moon": ("skimage", "data/moon.png", 0.03),
 }
-
-EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"})
 
 
 def _read(path: Path) -> np.ndarray:
@@ -87,7 +87,7 @@ def held_out() -> dict[str, np.ndarray]:
 
 def folder(path: str | Path) -> list[Path]:
     """The picture files under a folder, at any depth, sorted; ValueError where there is none."""
-    files = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in EXTENSIONS)
+    files = pictures(Path(path)) if Path(path).is_dir() else []
     if not files:
         raise ValueError(f"folder: expected pictures {sorted(EXTENSIONS)} under {path}, got none")
     return files
@@ -115,25 +115,38 @@ class CleanCrops(Iterator[np.ndarray]):
         self.procedural_share = procedural_share
         self.folder_share = folder_share
         self.files = folder(path) if path is not None else []
-        self.pictures, self.weights = weighted_photographs()
+        photographs, self.weights = weighted_photographs()
+        self.pictures = [Image.fromarray(picture) for picture in photographs]
 
     def __next__(self) -> np.ndarray:
         rng = self.rng
         if rng.random() < self.procedural_share:
             return procedural(self.size, rng)
         if self.files and (rng.random() < self.folder_share or not self.pictures):
-            picture = _read(self.files[int(rng.integers(len(self.files)))])
-        elif self.pictures:
-            picture = self.pictures[int(rng.choice(len(self.pictures), p=self.weights))]
-        else:
+            return clean_crop(
+                PictureFile(self.files[int(rng.integers(len(self.files)))]), self.size, rng
+            )
+        if not self.pictures:
             return procedural(self.size, rng)
-        return _jitter(_turn(_crop(picture, self.size, rng), rng), rng)
+        picture = self.pictures[int(rng.choice(len(self.pictures), p=self.weights))]
+        return clean_crop(picture, self.size, rng)
 
 
-def _crop(picture: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """A crop [size, size, 3] uint8: in 0.4 of the draws as wide as the picture, else at a
-    log-uniform scale from that to native. Tone and haze show only in whole pictures."""
-    height, width = picture.shape[:2]
+def clean_crop(
+    picture: Image.Image | PictureFile, size: int, rng: np.random.Generator
+) -> np.ndarray:
+    """One crop of a clean picture, float32 [size, size, 3] in [0, 1]: at a random scale and place,
+    flipped, with mild changes of exposure and colour."""
+    if isinstance(picture, PictureFile):
+        crop = picture.resized(_box(*picture.size, size, rng), size)
+    else:
+        crop = resampled(picture, _box(picture.height, picture.width, size, rng), size)
+    return _jitter(turn(crop, rng), rng)
+
+
+def _box(height: int, width: int, size: int, rng: np.random.Generator) -> Box:
+    """A square of the picture: in 0.4 of the draws as wide as that, else at a log-uniform scale
+    from there to native. Tone and haze show only in whole pictures."""
     # Pixels of the picture per pixel of the crop; below 1 only where the picture is too small.
     widest = min(height, width) / size
     share = 1.0 if rng.random() < 0.4 else rng.random()
@@ -142,13 +155,12 @@ def _crop(picture: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarra
     top, left = rng.uniform(0, height - side), rng.uniform(0, width - side)
     if step == 1.0:
         top, left = int(top), int(left)
-    box = (left, top, left + side, top + side)
-    resized = Image.fromarray(picture).resize((size, size), Image.Resampling.BICUBIC, box=box)
-    return np.asarray(resized)
+    return left, top, left + side, top + side
 
 
-def _turn(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A horizontal flip in half of the draws; upside down or a quarter turn in a twentieth."""
+def turn(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """[size, size, C], flipped left to right in half of the draws, upside down or by a quarter turn
+    in a twentieth."""
     if rng.random() < 0.5:
         crop = crop[:, ::-1]
     if rng.random() < 0.05:
@@ -194,14 +206,18 @@ class PairDataset(IterableDataset[dict[str, torch.Tensor | str]]):
         rng = np.random.default_rng([self.seed, worker.id if worker is not None else 0])
         for clean in CleanCrops(self.size, rng, self.procedural_share, self.path):
             damaged, label = degrade(clean, sample_kinds(rng, self.mixtures), rng)
-            stored = np.round(damaged * 255) / np.float32(255)
             yield {
-                "clean": _tensor(clean),
-                "damaged": _tensor(stored),
+                "clean": tensor(clean),
+                "damaged": tensor(stored(damaged)),
                 "kinds": "+".join(label.kinds),
             }
 
 
-def _tensor(image: np.ndarray) -> torch.Tensor:
-    """[H, W, 3] to [3, H, W]."""
+def stored(image: np.ndarray) -> np.ndarray:
+    """A picture in [0, 1] as a file of 8 bits would hold it."""
+    return np.round(image * 255) / np.float32(255)
+
+
+def tensor(image: np.ndarray) -> torch.Tensor:
+    """[H, W, 3] to float32 [3, H, W]."""
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32))

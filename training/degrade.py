@@ -196,6 +196,20 @@ def in_order(kinds: Iterable[str]) -> tuple[str, ...]:
     return tuple(kind for kind in ORDER if kind in wanted)
 
 
+def kinds_of(name: str) -> tuple[str, ...]:
+    """Kinds by the name of a FoundIR type ("16Lowlight_Noise") or joined by "+" ("haze+rain"), in
+    the order they are applied. ValueError for another name."""
+    known = {each.lower(): kinds for each, kinds in FOUNDIR_TYPES.items()}
+    try:
+        return known.get(name.lower()) or in_order(name.split("+"))
+    except ValueError:
+        types = ", ".join(FOUNDIR_TYPES)
+        raise ValueError(
+            f"type: expected one of {types}, or some of {', '.join(KINDS)} joined by +; "
+            f"got {name!r}"
+        ) from None
+
+
 def draw_parameters(
     kind: str, rng: np.random.Generator, fixed: Mapping[str, Value]
 ) -> dict[str, Value]:

@@ -79,9 +79,10 @@ def _leaves(size: int, rng: np.random.Generator) -> np.ndarray:
     pen, mark = ImageDraw.Draw(picture), ImageDraw.Draw(detail)
     for radius in radii:
         outline = _outline(radius * 2, rng) + rng.uniform(0, canvas, 2)
-        points = [(float(x), float(y)) for x, y in outline]
+        # x, y, x, y, …
+        points = outline.ravel().tolist()
         shade = palette[int(rng.integers(len(palette)))] + rng.normal(0, 0.04, 3)
-        red, green, blue = (int(v) for v in np.clip(shade, 0, 1) * 255)
+        red, green, blue = (int(min(max(v, 0.0), 1.0) * 255) for v in shade.tolist())
         pen.polygon(points, fill=(red, green, blue))
         texture, tilt, other = (int(v) for v in rng.integers(0, 256, 3))
         mark.polygon(points, fill=(texture if texture > 80 else 0, tilt, other))
@@ -97,13 +98,13 @@ def _leaves(size: int, rng: np.random.Generator) -> np.ndarray:
 def _outline(radius: float, rng: np.random.Generator) -> np.ndarray:
     """Corner points [N, 2] around 0: a disc, an ellipse or a polygon of 3 to 7 corners."""
     corners = 32 if rng.random() < 0.5 else int(rng.integers(3, 8))
-    turn = np.linspace(0, 2 * math.pi, corners, endpoint=False) + rng.uniform(0, 6.28)
-    reach = np.ones(corners) if corners == 32 else rng.uniform(0.6, 1.3, corners)
-    shape = (
-        radius * np.stack([np.cos(turn), np.sin(turn) * rng.uniform(0.4, 1.0)], 1) * reach[:, None]
-    )
+    turn = np.arange(corners) * (2 * math.pi / corners) + rng.uniform(0, 6.28)
+    reach = radius if corners == 32 else radius * rng.uniform(0.6, 1.3, corners)
+    x, y = reach * np.cos(turn), reach * np.sin(turn) * rng.uniform(0.4, 1.0)
     c, s = math.cos(angle := rng.uniform(0, math.pi)), math.sin(angle)
-    return shape @ np.array([[c, s], [-s, c]])
+    points = np.empty((corners, 2))
+    points[:, 0], points[:, 1] = c * x - s * y, s * x + c * y
+    return points
 
 
 @lru_cache(maxsize=32)
