@@ -1,5 +1,6 @@
 """Timing, memory and the machine: the one place where benchmarks measure."""
 
+import ctypes
 import platform
 import resource
 import subprocess
@@ -131,7 +132,8 @@ def percentile(times: list[float], share: float) -> float:
 def peak_memory_mb(run: Callable[[], Any], device: torch.device) -> tuple[float, float]:
     """Peak allocated and reserved memory of a call, in MB of 10⁶ bytes.
 
-    On a CPU both are the process's peak since its start: the system keeps no other count.
+    On a CPU both are the process's resident memory, as the system keeps no other count; where that
+    cannot be reset (elsewhere than on Linux), its peak since the start.
     """
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -140,14 +142,35 @@ def peak_memory_mb(run: Callable[[], Any], device: torch.device) -> tuple[float,
         synchronize(device)
         counts = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
         return counts[0] / 1e6, counts[1] / 1e6
+    _reset_resident_peak()
     run()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    peak = _resident_peak() / 1e6
     return peak, peak
+
+
+def _reset_resident_peak() -> None:
+    """Let the count start from what is resident now, after giving freed memory back."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        # "5" resets the peak (proc(5), /proc/pid/clear_refs).
+        Path("/proc/self/clear_refs").write_text("5")
+    # Other systems and C libraries than Linux with glibc.
+    except (OSError, AttributeError, TypeError):
+        return
+
+
+def _resident_peak() -> int:
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s that a large matrix product reaches here: the best of several runs."""
-    n = 8192 if device.type == "cuda" else 2048
+    n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     times = interleaved({"product": lambda: a @ b}, device, warmup=3, runs=10)["product"]
     return 2 * n**3 / min(times)

@@ -31,11 +31,23 @@ class Stage:
 STAGES = (
     Stage("kernels-check", "pytest -q -m gpu tests/kernels"),
     Stage("engine-check", "pytest -q tests/mimdit/test_engine.py tests/mimdit/test_equations.py"),
-    Stage("latency-512", "bench.latency --sizes 512 --out {out}/latency-512.jsonl"),
+    Stage(
+        "latency-512",
+        "bench.latency --sizes 512 --warmup 3 --variants reference reference-cached "
+        "engine-no-graph engine engine-fp8 engine-int8 engine-first-block-cache backbone-eager "
+        "--out {out}/latency-512.jsonl",
+    ),
+    Stage(
+        "latency-512-compiled",
+        "bench.latency --sizes 512 --runs 10 --warmup 3 --variants reference engine "
+        "engine-compile backbone-compiled --out {out}/latency-512-compiled.jsonl",
+    ),
     Stage("kernels-quick", "bench.kernels --quick --out {out}/kernels-quick.jsonl"),
     Stage("latency-1024", "bench.latency --sizes 1024 --runs 10 --out {out}/latency-1024.jsonl"),
     Stage("kernels", "bench.kernels --out {out}/kernels.jsonl"),
     Stage("latency-tiny", "bench.latency --model tiny --sizes 256 --out {out}/latency-tiny.jsonl"),
+    Stage("ablation", "bench.ablation --runs 5 --warmup 2 --out {out}/ablation.jsonl"),
+    Stage("data", "bench.data --out {out}/data.jsonl", gpu=False),
     Stage("kernels-cpu", "bench.kernels --device cpu --out {out}/kernels-cpu.jsonl", gpu=False),
     Stage(
         "latency-cpu",

@@ -5,10 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from bench.latency import variants_of
+from bench.variants import variants_of
 from mimdit.presets import build
 
 SIZES = [128, 256]
+NAMES = ["reference", "reference-cached", "engine", "engine-int8"]
 
 
 @pytest.fixture(scope="module", params=SIZES)
@@ -20,13 +21,13 @@ def calls(request: pytest.FixtureRequest) -> dict[str, Callable[[], torch.Tensor
     t = torch.full((1,), 500.0)
     found = {}
     with torch.no_grad():
-        for variant in variants_of(model):
+        for variant in variants_of(model, z, NAMES)[0]:
             condition = variant.encode(z)
             found[variant.name] = lambda v=variant, c=condition: v.step(x, t, c)
     return found
 
 
-@pytest.mark.parametrize("name", ["reference", "reference-cached", "engine-no-graph"])
+@pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_step(benchmark: Callable, calls: dict[str, Callable], name: str) -> None:
     benchmark(calls[name])

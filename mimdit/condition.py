@@ -20,9 +20,21 @@ class Condition:
     tokens: tuple[Tensor, ...]
     routing: Routing
 
+    @property
+    def bytes(self) -> int:
+        """Of what is held for the blocks."""
+        held = (value for value in vars(self).values() if isinstance(value, tuple))
+        return sum(x.numel() * x.element_size() for tensors in held for x in tensors)
+
 
 class Accelerator(Protocol):
     """What makes the model faster, from outside (`mimdit.engine`)."""
+
+    def mixtures(
+        self, z: Tensor, grid: tuple[int, int], layers: slice, routing: Routing | None = None
+    ) -> tuple[Tensor, Routing]:
+        """As the model's `mim`."""
+        ...
 
     def condition(self, given: Condition) -> Condition:
         """A condition in the form that `predict` takes."""

@@ -1,15 +1,22 @@
 """16-bit pictures with several channels, which Pillow reads with 8 bits and does not write."""
 
 import io
+import struct
 import sys
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFile, PngImagePlugin
 
 _NATIVE = "L" if sys.byteorder == "little" else "B"
 _SWAPPED = {"L": "B", "B": "L"}
+# Rows that are packed at once.
+_ROWS = 256
+# Tags and a type of TIFF.
+_WIDTH, _BITS, _SHORT = 256, 258, 3
 
 
 def deep_planes(image: ImageFile.ImageFile, path: Path) -> np.ndarray | None:
@@ -26,15 +33,22 @@ def deep_planes(image: ImageFile.ImageFile, path: Path) -> np.ndarray | None:
         # Four plain bytes a pixel: gray high, gray low, alpha high, alpha low.
         _set_raw_mode(image, "RGBA")
         parts = np.asarray(image)
-        return (parts[..., 0::2] * np.float32(256) + parts[..., 1::2]) / 65535
+        return _joined(parts[..., 0::2], parts[..., 1::2])
     name, _, order = str(raw).partition(";16")
     if name not in ("RGB", "RGBA") or order not in ("L", "B", "N"):
         return None
     with Image.open(path, formats=(image.format or "",)) as again:
         _set_raw_mode(again, f"{name};16{_SWAPPED[_NATIVE if order == 'N' else order]}")
         low = np.asarray(again)
-    high = np.asarray(image)
-    return (high * np.float32(256) + low) / 65535
+    return _joined(np.asarray(image), low)
+
+
+def _joined(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+    values = high.astype(np.float32)
+    values *= 256
+    values += low
+    values /= 65535
+    return values
 
 
 def _set_raw_mode(image: ImageFile.ImageFile, raw: str) -> None:
@@ -44,22 +58,71 @@ def _set_raw_mode(image: ImageFile.ImageFile, raw: str) -> None:
     ]
 
 
-def encode_deep_png(pixels: np.ndarray, icc: bytes | None, exif: bytes | None) -> bytes:
-    """PNG of uint16 [H, W, 2..4], which Pillow cannot write (PNG specification, ISO 15948)."""
+def encode_deep_png(pixels: np.ndarray, options: Mapping[str, Any]) -> bytes:
+    """PNG of uint16 [H, W, 2..4], which Pillow cannot write (PNG specification, ISO 15948).
+
+    options: Pillow's icc_profile, exif, xmp and dpi.
+    """
     height, width, channels = pixels.shape
     colour_type = {2: 4, 3: 2, 4: 6}[channels]
-    # [H, W * C * 2] bytes, big-endian
-    rows = np.ascontiguousarray(pixels.astype(">u2")).view(np.uint8).reshape(height, -1)
-    up = np.full((height, rows.shape[1] + 1), 2, np.uint8)
-    up[:, 1:] = np.diff(rows, axis=0, prepend=np.zeros_like(rows[:1]))
     head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([16, colour_type, 0, 0, 0])
     buffer = io.BytesIO(b"\x89PNG\r\n\x1a\n")
     buffer.seek(0, io.SEEK_END)
     PngImagePlugin.putchunk(buffer, b"IHDR", head)
-    if icc is not None:
-        PngImagePlugin.putchunk(buffer, b"iCCP", b"ICC Profile\0\0" + zlib.compress(icc))
-    if exif is not None:
-        PngImagePlugin.putchunk(buffer, b"eXIf", exif.removeprefix(b"Exif\0\0"))
-    PngImagePlugin.putchunk(buffer, b"IDAT", zlib.compress(up.tobytes()))
+    if "icc_profile" in options:
+        icc = zlib.compress(options["icc_profile"])
+        PngImagePlugin.putchunk(buffer, b"iCCP", b"ICC Profile\0\0" + icc)
+    if "dpi" in options:
+        # Dots a metre.
+        per_metre = (round(value / 0.0254).to_bytes(4, "big") for value in options["dpi"])
+        PngImagePlugin.putchunk(buffer, b"pHYs", b"".join(per_metre) + b"\1")
+    if "exif" in options:
+        PngImagePlugin.putchunk(buffer, b"eXIf", options["exif"].removeprefix(b"Exif\0\0"))
+    if "xmp" in options:
+        for kind, data, *_ in xmp_chunk(options["xmp"]).chunks:
+            PngImagePlugin.putchunk(buffer, kind, data)
+    # Differences to the row above, some rows at a time.
+    packer, before, parts = zlib.compressobj(), np.zeros((1, width * channels * 2), np.uint8), []
+    for start in range(0, height, _ROWS):
+        some = np.ascontiguousarray(pixels[start : start + _ROWS].astype(">u2"))
+        rows = some.view(np.uint8).reshape(len(some), -1)  # [rows, W * C * 2], big-endian
+        up = np.full((len(rows), rows.shape[1] + 1), 2, np.uint8)
+        up[:, 1:] = np.diff(rows, axis=0, prepend=before)
+        before = rows[-1:]
+        parts.append(packer.compress(up.tobytes()))
+    for part in (*parts, packer.flush()):
+        if part:
+            PngImagePlugin.putchunk(buffer, b"IDAT", part)
     PngImagePlugin.putchunk(buffer, b"IEND")
     return buffer.getvalue()
+
+
+def xmp_chunk(xmp: bytes) -> PngImagePlugin.PngInfo:
+    """An XMP packet as PNG keeps it: a text chunk of this name (XMP specification, part 3)."""
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", xmp.decode("utf-8", "replace"))
+    return info
+
+
+def encode_deep_tiff(pixels: np.ndarray, options: Mapping[str, Any]) -> bytes:
+    """TIFF of uint16 [H, W, 2..4], which Pillow cannot write (TIFF 6.0, sections 2 and 8).
+
+    Its rows are those of an 8-bit picture twice as wide, byte for byte: Pillow writes that one, and
+    then its width and depth are set. options: of Pillow's `save`.
+    """
+    height, width, channels = pixels.shape
+    halves = np.ascontiguousarray(pixels.astype("<u2")).view(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(halves.reshape(height, 2 * width, channels)).save(buffer, "TIFF", **options)
+    data = bytearray(buffer.getvalue())
+    (directory,) = struct.unpack_from("<4xI", data)
+    (count,) = struct.unpack_from("<H", data, directory)
+    for entry in range(directory + 2, directory + 2 + 12 * count, 12):
+        tag, kind, values = struct.unpack_from("<HHI", data, entry)
+        if tag == _WIDTH:
+            struct.pack_into("<H" if kind == _SHORT else "<I", data, entry + 8, width)
+        elif tag == _BITS:
+            # Up to four bytes of values stand in place of their address.
+            place = entry + 8 if 2 * values <= 4 else struct.unpack_from("<I", data, entry + 8)[0]
+            struct.pack_into(f"<{values}H", data, place, *[16] * values)
+    return bytes(data)

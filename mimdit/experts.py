@@ -17,13 +17,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mimkernels import (
-    channel_attention,
-    expert_depthwise3x3,
-    expert_linear,
-    squeeze_excite,
-    window_attention,
-)
+from mimdit.quantized import expert_linear
+from mimkernels import channel_attention, expert_depthwise3x3, squeeze_excite, window_attention
 
 Grid = tuple[int, int]
 

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from mimdit.deep_colour import deep_planes, encode_deep_png
+from mimdit.colour_space import SPACES, to_srgb
+from mimdit.deep_colour import deep_planes, encode_deep_png, encode_deep_tiff, xmp_chunk
+from mimdit.metadata import look, metadata_options, read_metadata
 
 WRITE_FORMATS = (
     {".png": "PNG", ".webp": "WEBP", ".bmp": "BMP"}
@@ -28,13 +30,12 @@ READ_SUFFIXES = frozenset(WRITE_FORMATS) | {".gif", ".pgm", ".ppm", ".avif"}
 # Pillow also opens formats that start other programs (EPS), so the list is closed.
 _OPEN_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")
 _ALPHA_FORMATS = ("PNG", "WEBP", "TIFF")
+_DEEP_FORMATS = ("PNG", "TIFF")
+# Rows that are turned into whole numbers at once.
+_ROWS = 256
 _GRAY_MODES = ("1", "L", "LA", "La")
-_ORIENTATION = 0x0112
-# Tags that describe the stored strips of a TIFF, its profile and its XMP, not the photograph.
-_STORAGE_TAGS = (
-    *(254, 255, 256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 317, 320, 322, 323, 324),
-    *(325, 330, 338, 339, 347, 512, 513, 514, 529, 530, 531, 532, 700, 33723, 34377, 34675),
-)
+# The longest side that a format can hold.
+_SIDES = {"WEBP": 16383, "JPEG": 65500}
 
 
 class PictureError(ValueError):
@@ -53,6 +54,9 @@ class Picture:
         exif: an EXIF block with the orientation reset to upright, or None.
         gray: whether the file holds one gray channel; `rgb` then repeats it.
         format: Pillow's name of the format, such as "PNG", whatever the suffix says.
+        xmp: an XMP packet with the orientation reset to upright, or None.
+        dpi: dots per inch (across, down), or None.
+        notes: what reading changed or left out, in words for a user.
     """
 
     rgb: np.ndarray
@@ -62,13 +66,17 @@ class Picture:
     exif: bytes | None = None
     gray: bool = False
     format: str = "PNG"
+    xmp: bytes | None = None
+    dpi: tuple[float, float] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def read_picture(path: str | Path) -> Picture:
-    """Decode the picture at `path`; of an animation, the first frame.
+    """Decode the picture at `path`; of an animation or a document, the first page, with a note.
 
-    Palette, gray, 1-bit and CMYK pictures become RGB. 16 bits are kept for gray (PNG, TIFF, PGM)
-    and for interleaved colour (PNG, TIFF); TIFFs stored plane by plane are read with 8 bits.
+    Palette, gray and 1-bit pictures become RGB, CMYK and Lab ones sRGB by their profile, with a
+    note. 16 bits are kept for gray (PNG, TIFF, PGM) and for interleaved colour (PNG, TIFF); TIFFs
+    stored plane by plane are read with 8 bits.
 
     Raises:
         PictureError: no such file, not a picture, truncated, empty or too large.
@@ -107,54 +115,87 @@ def read_picture(path: str | Path) -> Picture:
 
 def write_picture(
     path: str | Path, rgb: np.ndarray, like: Picture | None = None, quality: int = 95
-) -> None:
+) -> tuple[str, ...]:
     """Write a picture whole or not at all; the suffix of `path` picks the format.
 
-    Alpha goes to PNG, WebP and TIFF; profile and EXIF to everything but BMP; 16 bits to PNG, and
-    to TIFF where the picture is gray without alpha. A colour profile that does not fit the written
-    channels (that of a CMYK source) is left out.
+    Alpha goes to PNG, WebP and TIFF; profile, EXIF and XMP to everything but BMP; resolution to
+    everything but WebP; 16 bits to PNG and TIFF. A colour profile that does not fit the written
+    channels is left out.
 
     Args:
         path: file to write or replace.
         rgb: float [H, W, 3]; values outside [0, 1] are clipped.
-        like: the source, whose alpha, profile, EXIF, gray and bit depth are kept.
+        like: the source, whose alpha, profile, metadata, gray and bit depth are kept.
         quality: 1 to 100, of JPEG and WebP.
 
+    Returns:
+        What the format could not hold, in words for a user.
+
     Raises:
-        PictureError: non-finite values, a suffix that cannot be written, or a failed write.
+        PictureError: non-finite values, a suffix that cannot be written, a picture too large for
+            the format, or a failed write.
         ValueError: a wrong shape.
+    """
+    path, rgb = Path(path), np.asarray(rgb, dtype=np.float32)
+    if rgb.ndim != 3 or rgb.shape[2] != 3:
+        raise ValueError(f"rgb: expected shape [H, W, 3], got {list(rgb.shape)}")
+    kind = check_target(path, *rgb.shape[:2])
+    # Extremes are NaN where any value is, and need no copy.
+    if not (np.isfinite(rgb.min()) and np.isfinite(rgb.max())):
+        raise PictureError(
+            f"{path}: the result has non-finite values and was not written; try --precision fp32"
+        )
+    like, notes = like or Picture(rgb), []
+    # [H, W, C], C = 1 to 4; the weights are the luma of ITU-R BT.601
+    planes = rgb @ np.array([[0.299], [0.587], [0.114]], np.float32) if like.gray else rgb
+    if like.alpha is not None:
+        if like.alpha.shape != rgb.shape[:2]:
+            raise ValueError(f"rgb: expected size {like.alpha.shape}, got {rgb.shape[:2]}")
+        if kind in _ALPHA_FORMATS:
+            planes = np.concatenate([planes, like.alpha[..., None]], axis=2)
+        else:
+            notes.append(f"{kind} holds no transparency")
+    deep = like.bits == 16 and kind in _DEEP_FORMATS
+    if like.bits == 16 and not deep:
+        notes.append(f"{kind} holds 8 of 16 bits")
+    if deep and kind == "TIFF" and planes.shape[2] == 2:
+        planes = np.repeat(planes, (3, 1), axis=2)
+        notes.append(
+            "16-bit gray with transparency was written as colour, which more programs read"
+        )
+    pixels = _quantised(planes, *((65535, np.uint16) if deep else (255, np.uint8)))
+    icc = like.icc
+    if icc is not None and kind == "BMP":
+        icc, notes = None, [*notes, "BMP holds no colour profile"]
+    elif icc is not None:
+        space = b"GRAY" if pixels.shape[2] < 3 and kind != "WEBP" else b"RGB "
+        if icc[16:20] != space:
+            icc, notes = None, [*notes, "the colour profile is of other channels and was left out"]
+    try:
+        options, lost = metadata_options(kind, like.exif, like.xmp, like.dpi)
+        write_bytes(path, _encode(pixels, kind, icc, options, quality))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise PictureError(f"{path}: cannot be written ({_one_line(error)})") from error
+    return (*notes, *lost)
+
+
+def check_target(path: str | Path, height: int, width: int) -> str:
+    """Pillow's name of the format that `path` will have; cheap, so ask before a long run.
+
+    Raises PictureError for a suffix that cannot be written, or a picture that its format cannot
+    hold.
     """
     path = Path(path)
     kind = WRITE_FORMATS.get(path.suffix.lower())
     if kind is None:
         raise PictureError(f"{path}: cannot write {path.suffix!r}; use .png, .jpg, .webp or .tif")
-    rgb = np.asarray(rgb, dtype=np.float32)
-    if rgb.ndim != 3 or rgb.shape[2] != 3:
-        raise ValueError(f"rgb: expected shape [H, W, 3], got {list(rgb.shape)}")
-    if not np.isfinite(rgb).all():
+    most = _SIDES.get(kind)
+    if most is not None and max(height, width) > most:
         raise PictureError(
-            f"{path}: the result has non-finite values and was not written; try --precision fp32"
+            f"{path}: {kind} holds at most {most} pixels a side, this has {width}×{height}; "
+            "use .png or .tif"
         )
-    like = like or Picture(rgb)
-    # [H, W, C], C = 1 to 4; the weights are the luma of ITU-R BT.601
-    planes = rgb @ np.array([[0.299], [0.587], [0.114]], np.float32) if like.gray else rgb
-    if like.alpha is not None and kind in _ALPHA_FORMATS:
-        if like.alpha.shape != rgb.shape[:2]:
-            raise ValueError(f"rgb: expected size {like.alpha.shape}, got {rgb.shape[:2]}")
-        planes = np.concatenate([planes, like.alpha[..., None]], axis=2)
-    deep = like.bits == 16 and (kind == "PNG" or (kind == "TIFF" and planes.shape[2] == 1))
-    top, dtype = (65535, np.uint16) if deep else (255, np.uint8)
-    pixels = np.rint(planes.clip(0, 1) * top).astype(dtype)
-    space = b"GRAY" if pixels.shape[2] < 3 and kind != "WEBP" else b"RGB "
-    icc = like.icc if like.icc is not None and like.icc[16:20] == space else None
-    try:
-        if deep and pixels.shape[2] > 1:
-            data = encode_deep_png(pixels, icc, like.exif)
-        else:
-            data = _encode(pixels, kind, icc, like.exif, quality)
-        write_bytes(path, data)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise PictureError(f"{path}: cannot be written ({_one_line(error)})") from error
+    return kind
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -215,38 +256,51 @@ def _decode(path: Path) -> Picture:
     with Image.open(path, formats=formats) as image:
         if 0 in image.size:
             raise PictureError(f"{path}: has no pixels; copy or download it again")
-        form = image.format or ""
-        planes, bits = deep_planes(image, path), 16
-        if planes is None:
-            planes, bits = _planes(path, image)
-        # Only now: a PNG may hold its EXIF behind the pixels, and a TIFF is turned when decoded.
-        exif, orientation = _exif(image)
+        form, notes = image.format or "", []
+        opened = look(image)
         icc = image.info.get("icc_profile") or None
-    upright = np.ascontiguousarray(_turn(planes, orientation), dtype=np.float32)
+        planes, bits = deep_planes(image, path), 16
+        if planes is None and image.mode in SPACES:
+            rgb, icc, note = to_srgb(image, icc)
+            planes, bits, notes = _planes(path, rgb), 8, [note]
+        elif planes is None:
+            planes = _planes(path, image)
+            bits = 16 if image.mode[0] in "IF" else 8
+        # Only now: a PNG may hold its EXIF behind the pixels, and a TIFF is turned when decoded.
+        known = read_metadata(image, opened)
+        icc = image.info.get("icc_profile") or icc if image.mode not in SPACES else icc
+    if known.frames > 1:
+        notes.append(f"holds {known.frames} pictures (frames or pages); only the first is restored")
+    upright = np.ascontiguousarray(_turn(planes, known.orientation), dtype=np.float32)
     channels = upright.shape[2]
     alpha = upright[..., -1].copy() if channels in (2, 4) else None
     gray = channels < 3
-    rgb = np.repeat(upright[..., :1], 3, axis=2) if gray else upright[..., :3].copy()
-    return Picture(rgb, alpha, bits, icc, exif, gray, form)
+    rgb = np.repeat(upright[..., :1], 3, axis=2) if gray else upright
+    # A view of the colours would keep alpha a second time.
+    rgb = rgb[..., :3].copy() if rgb.shape[2] > 3 else rgb
+    return Picture(
+        rgb, alpha, bits, icc, known.exif, gray, form, known.xmp, known.dpi, tuple(notes)
+    )
 
 
-def _planes(path: Path, image: ImageFile.ImageFile) -> tuple[np.ndarray, int]:
-    """Planes [H, W, 1..4] in [0, 1] and the bit depth, by the modes that Pillow has."""
+def _planes(path: Path, image: Image.Image) -> np.ndarray:
+    """Planes float32 [H, W, 1..4] in [0, 1], by the modes that Pillow has."""
     if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.float32)[..., None]
+        values = np.asarray(image)[..., None]
         if values.min() < 0 or values.max() > 65535:
             raise PictureError(f"{path}: has 32-bit values; save it with 16 bits")
-        return values / 65535, 16
+        return values.astype(np.float32) / 65535
     if image.mode == "F":
         values = np.asarray(image)[..., None]
         if not (values.min() >= 0 and values.max() <= 1):
             raise PictureError(f"{path}: has values outside [0, 1]; save it with 16 bits")
-        return values, 16
+        return values
     mode = "L" if image.mode in _GRAY_MODES else "RGB"
     if image.has_transparency_data:
         mode = "LA" if mode == "L" else "RGBA"
-    values = np.asarray(image.convert(mode), dtype=np.float32)
-    return values.reshape(*values.shape[:2], -1) / 255, 8
+    values = np.asarray(image.convert(mode)).astype(np.float32)
+    values /= 255
+    return values.reshape(*values.shape[:2], -1)
 
 
 def _turn(planes: np.ndarray, orientation: int) -> np.ndarray:
@@ -258,36 +312,31 @@ def _turn(planes: np.ndarray, orientation: int) -> np.ndarray:
     return np.rot90(planes, {3: 2, 4: 2, 6: -1, 7: 2, 8: 1}.get(orientation, 0))
 
 
-def _exif(image: ImageFile.ImageFile) -> tuple[bytes | None, int]:
-    """The EXIF block with its orientation reset, and what the orientation was."""
-    try:
-        exif = image.getexif()
-        orientation = exif.get(_ORIENTATION, 1)
-        for tag in _STORAGE_TAGS:
-            if tag in exif:
-                del exif[tag]
-        if _ORIENTATION in exif:
-            exif[_ORIENTATION] = 1
-        return exif.tobytes() if len(exif) else None, orientation
-    # A damaged block fails in as many ways as damaged pixels, and is no reason to lose those.
-    except Exception:
-        return None, 1
+def _quantised(planes: np.ndarray, top: int, dtype: Any) -> np.ndarray:
+    """Values in [0, 1] as whole numbers up to `top`, some rows at a time."""
+    out = np.empty(planes.shape, dtype)
+    for start in range(0, len(planes), _ROWS):
+        rows = slice(start, start + _ROWS)
+        out[rows] = np.rint(planes[rows].clip(0, 1) * top)
+    return out
 
 
 def _encode(
-    pixels: np.ndarray, kind: str, icc: bytes | None, exif: bytes | None, quality: int
+    pixels: np.ndarray, kind: str, icc: bytes | None, options: dict[str, Any], quality: int
 ) -> bytes:
-    options: dict[str, Any] = {
+    options = options | {
         "JPEG": {"quality": quality, "subsampling": 0},
         "WEBP": {"quality": quality, "exact": True},
         # Pillow's compressed TIFFs lose the directories inside EXIF (exposure, position).
-        "TIFF": {} if exif else {"compression": "tiff_adobe_deflate"},
+        "TIFF": {} if "exif" in options else {"compression": "tiff_adobe_deflate"},
     }.get(kind, {})
-    # One JPEG segment holds at most 65,533 bytes.
-    if exif is not None and not (kind == "JPEG" and len(exif) > 65533):
-        options["exif"] = exif
     if icc is not None:
         options["icc_profile"] = icc
+    if pixels.dtype == np.uint16 and pixels.shape[2] > 1:
+        encode = encode_deep_png if kind == "PNG" else encode_deep_tiff
+        return encode(pixels, options)
+    if kind == "PNG" and "xmp" in options:
+        options["pnginfo"] = xmp_chunk(options.pop("xmp"))
     buffer = io.BytesIO()
     plane = pixels[..., 0] if pixels.shape[2] == 1 else pixels
     Image.fromarray(plane).save(buffer, kind, **options)

@@ -11,7 +11,10 @@ Pictures = Image.Image | np.ndarray | Tensor | Sequence[Image.Image] | Sequence[
 
 
 def to_tensor(image: Pictures) -> Tensor:
-    """Pictures of any accepted kind as float32 [B,3,H,W] in [0,1] on the CPU."""
+    """Pictures of any accepted kind as float32 [B,3,H,W] in [0,1] on the CPU.
+
+    Not to be changed in place: it may be the caller's own memory.
+    """
     if isinstance(image, (list, tuple)):
         parts = [to_tensor(part) for part in image]
         sizes = {tuple(p.shape[-2:]) for p in parts}
@@ -20,10 +23,9 @@ def to_tensor(image: Pictures) -> Tensor:
             raise ValueError(f"image: expected pictures of one size in a batch, got {found}")
         return torch.cat(parts)
     if isinstance(image, Image.Image):
-        image = np.asarray(image.convert("RGB"))
+        image = _array(image)
     if isinstance(image, np.ndarray):
-        scale = 255 if image.dtype == np.uint8 else 1
-        image = torch.from_numpy(np.array(image, dtype=np.float32) / scale)
+        image = _from_array(image)
         image = image.movedim(-1, -3) if image.ndim in (3, 4) else image
     if not isinstance(image, Tensor):
         raise ValueError(f"image: expected PIL, numpy or torch, got {type(image).__name__}")
@@ -31,9 +33,30 @@ def to_tensor(image: Pictures) -> Tensor:
     pictures = pictures[None] if pictures.ndim == 3 else pictures
     if pictures.ndim != 4 or pictures.shape[1] != 3 or 0 in pictures.shape:
         raise ValueError(f"image: expected three colour channels, got shape {tuple(image.shape)}")
-    if not torch.isfinite(pictures).all():
+    # Extremes are NaN where any value is, and need no copy of a large picture.
+    low, high = pictures.aminmax()
+    if not (torch.isfinite(low) and torch.isfinite(high)):
         raise ValueError("image: expected finite values, got NaN or infinity")
-    if pictures.min() < -1e-3 or pictures.max() > 1 + 1e-3:
-        span = f"{pictures.min():.3g} to {pictures.max():.3g}"
-        raise ValueError(f"image: expected values in [0, 1], got {span}")
-    return pictures.clamp(0, 1)
+    if low < -1e-3 or high > 1 + 1e-3:
+        raise ValueError(f"image: expected values in [0, 1], got {low:.3g} to {high:.3g}")
+    return pictures if low >= 0 and high <= 1 else pictures.clamp(0, 1)
+
+
+def _array(image: Image.Image) -> np.ndarray:
+    """[H,W,3] uint8, or uint16 of a 16-bit gray picture."""
+    if not image.mode.startswith("I"):
+        return np.asarray(image.convert("RGB"))
+    values = np.asarray(image)
+    if values.size and not 0 <= values.min() <= values.max() <= 65535:
+        span = f"{values.min()} to {values.max()}"
+        raise ValueError(f"image: expected whole numbers from 0 to 65535, got {span}")
+    return np.repeat(values[..., None].astype(np.uint16), 3, axis=2)
+
+
+def _from_array(image: np.ndarray) -> Tensor:
+    """Floats of any array; those of a float32 array are shared, not copied."""
+    top = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}.get(image.dtype, 1)
+    if image.dtype == np.float32 and image.flags.writeable and min(image.strides, default=1) > 0:
+        return torch.from_numpy(image)
+    values = torch.from_numpy(np.array(image, dtype=np.float32))
+    return values if top == 1 else values.div_(top)

@@ -1,7 +1,8 @@
-"""Going on with less where memory runs out."""
+"""How much memory is free, and going on with less where it runs out."""
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -15,13 +16,15 @@ def shrinking(
     """`run(tile, batch)`, again with fewer tiles a pass, then smaller ones, while memory runs out.
 
     tile: pixels, as is `smallest`, the least that is tried. release: gives back what is kept for
-    later. Each retry is announced by a warning. Raises the last `torch.OutOfMemoryError` where
-    nothing is left to shrink.
+    later. Each retry is announced by a warning. Raises the last error where nothing is left to
+    shrink.
     """
     while True:
         try:
             return run(tile, batch)
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not _ran_out(error):
+                raise
             if batch > 1:
                 batch //= 2
             elif tile // 2 >= smallest:
@@ -37,3 +40,29 @@ def shrinking(
             f"{reason}; trying again with {batch} tiles of {tile} pixels in a forward pass",
             stacklevel=2,
         )
+
+
+def _ran_out(error: RuntimeError | MemoryError) -> bool:
+    """Whether memory is what was missing: only CUDA's allocator has a class of its own for it."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error)
+    return "DefaultCPUAllocator" in text or "MPS backend out of memory" in text
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be had on a device; None where nothing tells."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    if device.type != "cpu":
+        return None
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        entries = dict(line.split(":", 1) for line in lines)
+        return int(entries["MemAvailable"].split()[0]) * 1024
+    # Other systems than Linux have no such file.
+    except (OSError, KeyError, ValueError, IndexError):
+        return None

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimdit.experts import EXPERTS, Grid
-from mimkernels import expert_combine, image_gate
+from mimdit.quantized import expert_combine
+from mimkernels import image_gate
 
 # Elements of the largest intermediate, the experts' q, k and v, that layers may fill together.
 _TOGETHER = 2**28
@@ -23,8 +24,8 @@ _TOGETHER = 2**28
 class Routing:
     """What the routers chose: inter [L,B,G], intra and index [L,B,G,k] (weights, sub-experts).
 
-    pooled: the token means of u less their running mean, which the routers read, and the logarithms
-    of the root mean squares of u, [L,B,2d].
+    pooled: the token means of u less their running mean, which the routers read, [L,B,d], and if
+    the module takes squares the logarithms of the root mean squares of u after them, [L,B,2d].
     """
 
     inter: Tensor
@@ -35,6 +36,10 @@ class Routing:
     def repeat(self, times: int) -> "Routing":
         """The choices of B pictures for times·B of them (tiles, tile by tile)."""
         return Routing(*(x.repeat(1, times, *[1] * (x.ndim - 2)) for x in self._parts()))
+
+    def pictures(self, numbers: Tensor) -> "Routing":
+        """The choices of some of the B pictures, by number."""
+        return Routing(*(x[:, numbers.to(x.device)] for x in self._parts()))
 
     def as_dict(self) -> dict[str, Any]:
         """Nested lists, for JSON."""
@@ -64,6 +69,7 @@ class MiM(nn.Module):
         inter: "dense" (softmax over the groups) or "sparse" (only the top group, with its weight).
         intra: "sparse" (softmax, then top-k) or "dense" (all, each with weight 1/E).
         renormalize: let the k chosen weights sum to one.
+        squares: take the mean squares of u, too, for a model that reads them from the routing.
     """
 
     running_mean: Tensor
@@ -80,6 +86,7 @@ class MiM(nn.Module):
         inter: str = "dense",
         intra: str = "sparse",
         renormalize: bool = False,
+        squares: bool = True,
     ) -> None:
         super().__init__()
         _one_of("inter", inter, ("dense", "sparse"))
@@ -99,10 +106,12 @@ class MiM(nn.Module):
             "inter": inter,
             "intra": intra,
             "renormalize": renormalize,
+            "squares": squares,
         }
         self.layers, self.groups, self.experts = layers, tuple(groups), experts
         self.top_k = experts if intra == "dense" else top_k
         self.inter, self.intra, self.renormalize = inter, intra, renormalize
+        self.squares = squares
 
         self.down_weight = nn.Parameter(torch.randn(layers, dim, width) * width**-0.5)
         self.down_bias = nn.Parameter(torch.zeros(layers, dim))
@@ -130,19 +139,22 @@ class MiM(nn.Module):
         return y, (F.layer_norm(y, y.shape[-1:]) * scale + shift).to(y.dtype)
 
     def pool(self, z: Tensor) -> Tensor:
-        """Token means of u and of u² for all layers, [L,B,2d]; those of tiles average to the
-        picture's."""
-        return torch.cat([_moments(self.project(z, i)[1]) for i in self.chunks(z)])
+        """Token means of u (and with squares of u²) for all layers, [L,B,d] or [L,B,2d]; those of
+        tiles average to the picture's."""
+        return torch.cat([self._moments(self.project(z, i)[1]) for i in self.chunks(z)])
 
     def chunks(self, z: Tensor) -> list[slice]:
         """Slices of the layers, each as long as memory for z [B,T,D] allows."""
-        dim = self.down_bias.shape[1]
-        one = z.shape[0] * z.shape[1] * self.top_k * 3 * dim
-        size = max(1, min(self.layers, _TOGETHER // max(one, 1)))
+        size = self.together(z.shape[0] * z.shape[1])
         return [slice(i, min(i + size, self.layers)) for i in range(0, self.layers, size)]
 
+    def together(self, tokens: int) -> int:
+        """How many layers go through at once with so many tokens."""
+        one = tokens * self.top_k * 3 * self.down_bias.shape[1]
+        return max(1, min(self.layers, _TOGETHER // max(one, 1)))
+
     def route(self, pooled: Tensor) -> Routing:
-        """Routing of all layers from `pool`'s means [L,B,2d]."""
+        """Routing of all layers from `pool`'s means."""
         return self._route(pooled, slice(None))
 
     def forward(
@@ -154,9 +166,9 @@ class MiM(nn.Module):
         """
         y, u = self.project(z, layers)
         if routing is None:
-            moments = _moments(u)
+            moments = self._moments(u)
             if self.training:
-                self._track(moments.chunk(2, dim=-1)[0].mean(1), layers)
+                self._track(moments[..., : u.shape[-1]].mean(1), layers)
             chosen = self._route(moments, layers)
         else:
             chosen = routing.at(layers)
@@ -182,9 +194,16 @@ class MiM(nn.Module):
         m = torch.baddbmm(bias, tokens, self.zero_weight[layers].transpose(1, 2))
         return m.unflatten(1, z.shape[:2]), chosen
 
+    def _moments(self, u: Tensor) -> Tensor:
+        """Token means of u [l,B,T,d], and with squares of u² after them, in float32 or wider."""
+        wide = u.to(torch.promote_types(u.dtype, torch.float32))
+        mean = wide.mean(2)
+        return torch.cat([mean, wide.square().mean(2)], dim=-1) if self.squares else mean
+
     def _route(self, moments: Tensor, layers: slice) -> Routing:
-        """By the mean tokens, the first half of moments [l,B,2d], less the running means."""
-        mean, square = moments.chunk(2, dim=-1)
+        """By the mean tokens, the first d of moments [l,B,d or 2d], less the running means."""
+        dim = self.running_mean.shape[1]
+        mean = moments[..., :dim]
         weight = torch.cat(
             [self.inter_router[layers], self.intra_router[layers].flatten(1, 2)], dim=1
         )
@@ -205,8 +224,9 @@ class MiM(nn.Module):
         if self.intra == "dense":
             index = torch.arange(self.experts, device=mean.device).expand(index.shape)
             intra = torch.full_like(intra, 1 / self.experts)
-        centred = mean - self.running_mean[layers].unsqueeze(1)
-        pooled = torch.cat([centred, 0.5 * (square + 1e-4).log()], dim=-1)
+        pooled = mean - self.running_mean[layers].unsqueeze(1)
+        if self.squares:
+            pooled = torch.cat([pooled, 0.5 * (moments[..., dim:] + 1e-4).log()], dim=-1)
         return Routing(inter, intra, index.long(), pooled)
 
     @torch.no_grad()
@@ -215,12 +235,6 @@ class MiM(nn.Module):
         self.running_steps[layers] += 1
         rate = torch.clamp(1 / self.running_steps[layers], min=momentum).unsqueeze(1)
         self.running_mean[layers] = self.running_mean[layers].lerp(mean, rate)
-
-
-def _moments(u: Tensor) -> Tensor:
-    """Token means of u [l,B,T,d] and of u², [l,B,2d], in float32 or wider."""
-    wide = u.to(torch.promote_types(u.dtype, torch.float32))
-    return torch.cat([wide.mean(2), wide.square().mean(2)], dim=-1)
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -3,6 +3,9 @@
 from mimdit.color import COLOR_FIXES
 from mimdit.sampling import SHIFTS
 
+# What one routing is computed from.
+ROUTINGS = ("picture", "tile")
+
 
 def check_options(
     steps: int,
@@ -10,7 +13,9 @@ def check_options(
     strength: float,
     fix: str,
     tile: int,
-    tile_batch: int,
+    tile_overlap: int,
+    tile_batch: int | None,
+    routing: str,
     output_type: str,
 ) -> None:
     """ValueError for the first argument that is out of range."""
@@ -22,8 +27,12 @@ def check_options(
         raise ValueError(f"strength: expected 0 to 1, got {strength:g}")
     if tile < 0:
         raise ValueError(f"tile: expected 0 (automatic) or pixels, got {tile}")
-    if tile_batch < 1:
-        raise ValueError(f"tile_batch: expected at least 1, got {tile_batch}")
+    if tile_overlap < 0:
+        raise ValueError(f"tile_overlap: expected at least 0, got {tile_overlap}")
+    if tile_batch is not None and tile_batch < 0:
+        raise ValueError(f"tile_batch: expected 0 (automatic) or more, got {tile_batch}")
+    if routing not in ROUTINGS:
+        raise ValueError(f"routing: expected one of {', '.join(ROUTINGS)}, got {routing!r}")
     if fix not in COLOR_FIXES:
         raise ValueError(f"color_fix: expected one of {', '.join(COLOR_FIXES)}, got {fix!r}")
     if output_type not in ("pil", "np", "pt", "latent"):

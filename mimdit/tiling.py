@@ -15,31 +15,106 @@ class Tiling:
     size: tuple[int, int]
     corners: tuple[tuple[int, int], ...]
 
-    def cut(self, plane: Tensor, tiles: slice) -> Tensor:
-        """[B,c,H,W] → [n·B,c,h,w], tile by tile."""
+    def cut(self, plane: Tensor, tiles: slice, device: torch.device | None = None) -> Tensor:
+        """[B,c,H,W] → [n·B,c,h,w], tile by tile; on `device`, by default the plane's."""
         h, w = self.size
         parts = [plane[..., y : y + h, x : x + w] for y, x in self.corners[tiles]]
-        return torch.cat(parts)
+        return torch.cat(parts).to(device or plane.device)
 
     def blend(self, run: Callable[[slice], Tensor], like: Tensor, batch: int) -> Tensor:
-        """Gaussian-weighted mean over the plane of `run(tiles)` [n·B,c,h,w], `batch` at a time."""
+        """Gaussian-weighted mean over the plane of `run(tiles)` [n·B,c,h,w], `batch` at a time.
+
+        like: [B,c,H,W], whose type and device the result has. Sums are held for one row of tiles,
+        where the tiles are; finished rows move on, so a device never holds the whole plane for it.
+        """
         if len(self.corners) == 1:
-            return run(slice(0, 1)).to(like.dtype)
-        h, w = self.size
-        weight = gaussian_window(self.size).to(like)
-        total = torch.zeros_like(like)
-        mass = torch.zeros_like(like[:1, :1])
+            return run(slice(0, 1)).to(like)
+        h, pictures = self.size[0], like.shape[0]
+        out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        band, top = _Band(self, like), 0
         for tiles in self.chunks(batch):
-            parts = run(tiles).to(like.dtype).split(like.shape[0])
+            parts = run(tiles).to(like.dtype).split(pictures)
             for (y, x), part in zip(self.corners[tiles], parts, strict=True):
-                total[..., y : y + h, x : x + w] += weight * part
-                mass[..., y : y + h, x : x + w] += weight
-        return total / mass
+                if y > top:
+                    out[..., top:y, :] = band.take(y - top)
+                    top = y
+                band.add(part, x)
+        out[..., top : top + h, :] = band.take(h)
+        return out
+
+    def scaled(self, factor: int) -> "Tiling":
+        """The same tiles on a plane of `factor` times the resolution."""
+        return Tiling(
+            (self.plane[0] * factor, self.plane[1] * factor),
+            (self.size[0] * factor, self.size[1] * factor),
+            tuple((y * factor, x * factor) for y, x in self.corners),
+        )
+
+    def even(self, batch: int) -> int:
+        """The least batch with which all tiles take no more passes than with `batch`."""
+        count = len(self.corners)
+        return -(-count // -(-count // batch))
 
     def chunks(self, batch: int) -> list[slice]:
         """All tiles, `batch` at a time."""
         count = len(self.corners)
         return [slice(i, min(i + batch, count)) for i in range(0, count, batch)]
+
+
+class _Band:
+    """Weighted sums of the tiles of one row, as high as a tile and as wide as the plane."""
+
+    def __init__(self, tiling: Tiling, like: Tensor) -> None:
+        self.width, self.shape = tiling.plane[1], (*like.shape[:2], tiling.size[0])
+        self.window = gaussian_window(tiling.size).to(like.dtype)
+        self.total = self.mass = torch.empty(0)
+
+    def add(self, part: Tensor, left: int) -> None:
+        """A tile [B,c,h,w] at the band's top."""
+        if self.total.numel() == 0:
+            self.window = self.window.to(part.device)
+            self.total = part.new_zeros(*self.shape, self.width)
+            self.mass = part.new_zeros(1, 1, self.shape[2], self.width)
+        columns = slice(left, left + part.shape[-1])
+        self.total[..., columns] += self.window * part
+        self.mass[..., columns] += self.window
+
+    def take(self, rows: int) -> Tensor:
+        """Means of the first rows, which leave the band."""
+        mean = self.total[..., :rows, :] / self.mass[..., :rows, :]
+        self.total, self.mass = (
+            torch.cat([x[..., rows:, :], torch.zeros_like(x[..., :rows, :])], dim=-2)
+            for x in (self.total, self.mass)
+        )
+        return mean
+
+
+class _Band:
+    """Weighted sums of the tiles of one row, as high as a tile and as wide as the plane."""
+
+    def __init__(self, tiling: Tiling, like: Tensor) -> None:
+        self.width, self.shape = tiling.plane[1], (*like.shape[:2], tiling.size[0])
+        self.window = gaussian_window(tiling.size).to(like.dtype)
+        self.total = self.mass = torch.empty(0)
+
+    def add(self, part: Tensor, left: int) -> None:
+        """A tile [B,c,h,w] at the band's top."""
+        if self.total.numel() == 0:
+            self.window = self.window.to(part.device)
+            self.total = part.new_zeros(*self.shape, self.width)
+            self.mass = part.new_zeros(1, 1, self.shape[2], self.width)
+        columns = slice(left, left + part.shape[-1])
+        self.total[..., columns] += self.window * part
+        self.mass[..., columns] += self.window
+
+    def take(self, rows: int) -> Tensor:
+        """Means of the first rows, which leave the band."""
+        mean = self.total[..., :rows, :] / self.mass[..., :rows, :]
+        self.total, self.mass = (
+            torch.cat([x[..., rows:, :], torch.zeros_like(x[..., :rows, :])], dim=-2)
+            for x in (self.total, self.mass)
+        )
+        return mean
 
 
 def plan_tiles(plane: tuple[int, int], tile: int, overlap: int, multiple: int) -> Tiling:
@@ -77,15 +152,23 @@ def gaussian_window(size: tuple[int, int]) -> Tensor:
     return axes[0][:, None] * axes[1][None, :]
 
 
-def reflect_pad(x: Tensor, height: int, width: int) -> Tensor:
-    """Extend [B,c,H,W] down and right by reflection; any amount, also of a single pixel."""
-    rows = _reflected(x.shape[-2], height, x.device)
-    columns = _reflected(x.shape[-1], width, x.device)
-    return x[..., rows, :][..., columns]
+def reflect_pad(x: Tensor, height: int, width: int, top: int = 0, left: int = 0) -> Tensor:
+    """Extend [B,c,H,W] to height × width by reflection: `top` rows above and `left` columns before.
+
+    Any amount, also of a single pixel; the rest goes below and behind.
+    """
+    rows = _reflected(x.shape[-2], height, top, x.device)
+    columns = _reflected(x.shape[-1], width, left, x.device)
+    # One copy, or none where nothing is added.
+    if height == x.shape[-2] and top == 0:
+        return x if width == x.shape[-1] and left == 0 else x.index_select(-1, columns)
+    if width == x.shape[-1] and left == 0:
+        return x.index_select(-2, rows)
+    return x[..., rows[:, None], columns]
 
 
-def _reflected(length: int, total: int, device: torch.device) -> Tensor:
+def _reflected(length: int, total: int, before: int, device: torch.device) -> Tensor:
     # A triangular wave 0 … n−1 … 0; a single pixel repeats.
     period = max(2 * (length - 1), 1)
-    place = torch.arange(total, device=device) % period
+    place = (torch.arange(total, device=device) - before) % period
     return torch.minimum(place, period - place).clamp(max=length - 1)

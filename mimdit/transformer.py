@@ -98,8 +98,9 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
         flow.check_channels(prediction_type, in_channels, out_channels)
         self.pos_embed.__class__ = ShiftablePatchEmbed
         self.mim = MiM(
-            num_layers, self.inner_dim, mim_dim, groups, experts, top_k, inter, intra, renormalize
-        )
+            num_layers, self.inner_dim, mim_dim, groups, experts, top_k, inter, intra,
+            renormalize, squares=pooled_condition,
+        )  # fmt: skip
         self.condition_embedder: nn.Linear | None = None
         if pooled_condition:
             self.condition_embedder = nn.Linear(2 * num_layers * mim_dim, pooled_projection_dim)
@@ -211,7 +212,9 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
         """m_l = ZeroLinear_l(MiM_l(PatchEmbed(z_lq) + pos)) for every block; z_lq [B,c,h,w]."""
         grid = self.grid(lq_latents)
         z = self._embed(lq_latents)
-        out = [self.mim(z, grid, layers, routing) for layers in self.mim.chunks(z)]
+        faster = self.engine is not None and not torch.is_grad_enabled()
+        mim = self.engine.mixtures if self.engine is not None and faster else self.mim
+        out = [mim(z, grid, layers, routing) for layers in self.mim.chunks(z)]
         tokens = tuple(m for part, _ in out for m in part.unbind())
         found = Condition(lq_latents, tokens, Routing.cat([chosen for _, chosen in out]))
         if self.engine is None or torch.is_grad_enabled():

@@ -37,6 +37,14 @@ def check_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         raise ValueError(f"{name}: expected device {other.device} as {other_name}, got {x.device}")
 
 
+def check_places(name: str, x: Tensor) -> None:
+    """int32 with a dense last axis, as of a `Route`."""
+    if x.dtype != torch.int32:
+        raise ValueError(f"{name}: expected torch.int32, got {x.dtype}")
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        raise ValueError(f"{name}: expected a last stride of 1, got {x.stride(-1)}")
+
+
 def check_index(name: str, index: Tensor, experts: int) -> None:
     """Integers; on the CPU also that each is an expert's number (a GPU would have to wait)."""
     if index.dtype not in (torch.int32, torch.int64):

@@ -44,12 +44,17 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The launches of one call, its cost, and the peak of the device for its type in FLOP/s."""
+    """The launches of one call, its cost, and the peak of the device for its type in FLOP/s.
+
+    allocated: bytes of all tensors that the call makes, results among them; its memory beyond that
+    of its inputs never exceeds this.
+    """
 
     op: str
     dtype: str
     device: Device
     cost: Cost
+    allocated: int
     peak: float
     kernels: tuple[Kernel, ...]
 
@@ -62,7 +67,8 @@ class Explanation:
         products, memory = self.cost.flops / self.peak, self.cost.bytes / self.device.bandwidth
         head = f"{self.op}, {self.dtype}, on {self.device.name} ({self.device.architecture}): "
         head += f"{self.cost.flops / 1e9:.3g} GFLOP, {self.cost.bytes / 1e6:.3g} MB, at least "
-        head += f"{_micro(self.floor)} (products {_micro(products)}, memory {_micro(memory)})"
+        head += f"{_micro(self.floor)} (products {_micro(products)}, memory {_micro(memory)}), "
+        head += f"allocates {self.allocated / 1e6:.3g} MB"
         columns = ["kernel", "grid", "tile", "warps", "stages", "registers", "stack", "shared"]
         table = [[*columns, "matrix", "blocks", "limit", "waves", ""]]
         for kernel in self.kernels:
@@ -105,7 +111,7 @@ def explain(
     names = {known: name for name, known in DTYPES.items()}
     if dtype not in names:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype}")
-    with recorded(target.architecture) as launches, torch.no_grad():
+    with allocations() as allocated, recorded(target.architecture) as launches, torch.no_grad():
         op(*arguments, **{**options, "backend": "triton"})
     least = cost(op, *arguments, **options).forward
     kernels = []
@@ -133,7 +139,7 @@ def explain(
             )
         )
     peak = target.peak(dtype, precision(dtype) == "tf32")
-    return Explanation(name, names[dtype], target, least, peak, tuple(kernels))
+    return Explanation(name, names[dtype], target, least, sum(allocated), peak, tuple(kernels))
 
 
 @contextmanager
@@ -143,6 +149,14 @@ def recorded(architecture: str) -> Iterator[list[Any]]:
 
     with backend.noting_launches(), tiles_for(architecture), record() as launches, _Launching():
         yield launches
+
+
+@contextmanager
+def allocations() -> Iterator[list[int]]:
+    """The bytes of each tensor made inside, in order; `recorded`, if used, comes inside of it."""
+    mode = _Allocating()
+    with mode:
+        yield mode.made
 
 
 def without_data(x: Tensor) -> Tensor:
@@ -161,6 +175,27 @@ class _Launching(TorchDispatchMode):
         # Registered for CUDA and the CPU alike; "meta" has only shapes.
         launching = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
         return func.redispatch(launching, *args, **(kwargs or {}))
+
+
+class _Allocating(TorchDispatchMode):
+    """Notes storages that no argument had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[int] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {_storage(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        new = {_storage(x): x for x in tree_leaves(out) if isinstance(x, Tensor)}
+        self.made += [x.untyped_storage().nbytes() for at, x in new.items() if at not in given]
+        return out
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
 
 
 def _micro(seconds: float) -> str:

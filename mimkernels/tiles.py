@@ -54,8 +54,9 @@ def matrix_tile(
         m, inner, stages = min(m, 32), 16, 2
         if accumulators > 1:
             m, n = 16, min(n, 32)
-    elif accumulators > 1 and architecture == "sm_100":
-        # The second accumulator leaves tensor memory for registers, and spills at 128×128.
+    elif accumulators > 1 and architecture not in ("sm_90", "gfx942"):
+        # A second accumulator of 128×128 leaves mma.sync, and tcgen05 outside its tensor memory,
+        # no registers for operands.
         m = min(m, 64)
     warps = 8 if m * n * accumulators > 64 * 128 else 4
     return Tile(m, n, inner, warps, stages)

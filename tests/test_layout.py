@@ -13,13 +13,15 @@ ALLOWED = {
 }
 # Lower layers first; a module imports only from layers before its own.
 LAYERS = [
-    "experts",
+    "experts tiling",
     "mim",
-    "condition flow attention",
+    "condition flow attention steering memory",
     "transformer",
     "codec",
-    "presets text tiling",
+    "tiled_codec",
+    "presets text",
     "sampling engine",
+    "planning",
     "pipeline",
     "loading",
     "sd35",

@@ -21,17 +21,25 @@ Draw = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Size:
-    """Tokens T and channels C of each of B pictures, which picks k of E experts, in L layers."""
+    """Tokens T and channels C of each of B pictures, which picks k of E experts, in L layers.
+
+    Layers are independent of each other, with experts of their own: a call takes all of them.
+    """
 
     tokens: int
     channels: int
     experts: int = 4
     slots: int = 2
-    layers: int = 24
+    layers: int = 1
     pictures: int = 1
 
 
 FULL = tuple(Size(tokens, channels) for tokens in (1024, 4096) for channels in (384, 1536))
+# Grids of 64×64 and 128×128: of one block, which takes little longer than a launch, and of all
+# blocks at once, whose traffic takes an H200 30 µs and more.
+GRIDS = tuple(Size(tokens, 384, layers=n) for n in (1, 24) for tokens in (4096, 16384))
+# The blocks of a transformer follow each other: what is large here is the batch.
+BATCHES = tuple(Size(tokens, 384, pictures=24) for tokens in (4096, 16384))
 # For checks on a CPU: no size that a tile divides, and more than one picture.
 SMALL = tuple(Size(t, c, layers=2, pictures=2) for t, c in ((12, 16), (20, 40)))
 
@@ -49,10 +57,15 @@ class Case:
     costs: Costs
 
 
-def picks(size: Size, draw: Draw) -> tuple[Tensor, list[list[int]]]:
-    """Different experts for each picture [B,k], also as numbers that the host knows."""
-    scores = draw(size.pictures, size.experts).float()
-    index = scores.argsort(dim=-1, stable=True)[:, : size.slots].contiguous()
+def picks(size: Size, draw: Draw, layers: int = 1) -> tuple[Tensor, list[list[int]]]:
+    """Different experts for each picture [L·B,k], also as numbers that the host knows.
+
+    Pictures of layer l have the numbers l·E to l·E + E − 1 of a bank of L·E experts.
+    """
+    scores = draw(layers, size.pictures, size.experts).float()
+    index = scores.argsort(dim=-1, stable=True)[..., : size.slots]
+    first = torch.arange(layers, device=index.device) * size.experts
+    index = (index + first[:, None, None]).flatten(0, 1).contiguous()
     return index, index.tolist()
 
 
@@ -60,6 +73,13 @@ def grid_of(tokens: int) -> tuple[int, int]:
     """Height and width of the squarest plane of so many tokens."""
     height = next(n for n in range(isqrt(tokens), 0, -1) if tokens % n == 0)
     return height, tokens // height
+
+
+def compiled(run: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
+    """`run`, compiled as a whole for the device of x."""
+    # On a CPU only whether it is traced into one graph: code generation takes long.
+    compiler = "inductor" if x.device.type == "cuda" else "aot_eager"
+    return torch.compile(run, fullgraph=True, dynamic=False, backend=compiler)
 
 
 def liger() -> str:

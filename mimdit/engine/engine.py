@@ -1,34 +1,64 @@
 """The engine: conditioning once, resident buffers, fused pieces, one CUDA graph per shape."""
 
+import copy
+import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers.models.attention import JointTransformerBlock
-from torch import Tensor
+from torch import Tensor, nn
 
 from mimdit.attention import MiMJointAttnProcessor
 from mimdit.condition import Condition
+from mimdit.engine.first_block import Kept, Parts, threshold_of
+from mimdit.engine.graphed import Graphed
+from mimdit.engine.linears import FusedLinear
 from mimdit.engine.modulation import Modulator, Table
-from mimdit.engine.step import Block, run_blocks, unpatchify
+from mimdit.engine.step import Block, Joint, Layer, normalise_output, run_blocks, unpatchify
 from mimdit.engine.workspace import KeyValueCondition, Shape, Workspace, make_joint
+from mimdit.mim import Routing
+from mimdit.quantized import (
+    KINDS,
+    QuantizedLinear,
+    check_quantization,
+    quantizable,
+    quantized_mixtures,
+)
 from mimdit.transformer import MiMDiTTransformer2DModel
 
 T = TypeVar("T")
 
 
-def accelerate(target: T, *, enabled: bool = True, graph: bool | None = None, shapes: int = 4) -> T:
+def accelerate(
+    target: T,
+    *,
+    enabled: bool = True,
+    graph: bool | None = None,
+    shapes: int = 4,
+    compile: bool = False,
+    quantize: str | None = None,
+    first_block_cache: Any = None,
+) -> T:
     """Make a pipeline or transformer faster, in place; its results stay the same up to rounding.
 
     Calls with gradients, and calls with `joint_attention_kwargs`, run the reference as before.
+    Several threads may call it; their steps take turns.
 
     Args:
         target: a `MiMDiTPipeline` or a `MiMDiTTransformer2DModel`.
         enabled: False gives the reference back.
         graph: capture each shape in a CUDA graph; by default where there is a GPU.
         shapes: how many shapes to keep buffers and graphs of; the least recently used one goes.
+        compile: let `torch.compile` fuse what is left; every shape takes minutes at first.
+        quantize: approximate. "int8" (CPU, NVIDIA from 8.0) or "fp8" (NVIDIA from 8.9): products of
+            the blocks' linear layers and of the experts in 8 bits, of copies of the weights.
+        first_block_cache: approximate. A threshold, or diffusers' `FirstBlockCacheConfig`: steps in
+            which the first block changes by less (0.05, say) leave out the others.
 
     Returns:
         `target`.
@@ -36,55 +66,137 @@ def accelerate(target: T, *, enabled: bool = True, graph: bool | None = None, sh
     Raises:
         TypeError: not a pipeline or transformer of this package.
         ValueError: attention processors that the engine does not know, weights that are moved in
-            and out during a call (sequential offload), or a graph without a GPU.
+            and out during a call (sequential offload), a graph without a GPU, or 8-bit products
+            that this device has not.
     """
     model = getattr(target, "transformer", target)
     if not isinstance(model, MiMDiTTransformer2DModel):
         expected = "a MiMDiTPipeline or a MiMDiTTransformer2DModel"
         raise TypeError(f"target: expected {expected}, got {type(target).__name__}")
-    model.engine = Engine(model, graph, shapes) if enabled else None
+    engine = None
+    if enabled:
+        engine = Engine(
+            model,
+            graph,
+            shapes,
+            compile=compile,
+            quantize=quantize,
+            first_block_cache=first_block_cache,
+        )
+    model.engine = engine
     return target
+
+
+class _Run(threading.local):
+    """Of one thread: tables by the address of their pooled text; what the cache kept, by condition
+    and by the address of the text.
+    """
+
+    def __init__(self) -> None:
+        self.tables: dict[int, Table] = {}
+        self.kept: WeakKeyDictionary[Any, dict[int, Kept]] = WeakKeyDictionary()
 
 
 class Engine:
     """What `accelerate` attaches to a transformer."""
 
+    # How a block runs, and how its layers with one input do.
+    block: type[Block] = Block
+    join: Callable[[Sequence[nn.Module]], Layer] = FusedLinear
+
     def __init__(
-        self, model: MiMDiTTransformer2DModel, graph: bool | None = None, shapes: int = 4
+        self,
+        model: MiMDiTTransformer2DModel,
+        graph: bool | None = None,
+        shapes: int = 4,
+        *,
+        compile: bool = False,
+        quantize: str | None = None,
+        first_block_cache: Any = None,
     ) -> None:
         if shapes < 1:
             raise ValueError(f"shapes: expected at least 1, got {shapes}")
         self.model, self.graph, self.shapes = model, graph, shapes
-        self.workspaces: OrderedDict[Shape, Workspace] = OrderedDict()
-        self._tables: dict[int, Table] = {}
+        self.compile, self.quantize = compile, quantize
+        self.threshold = None if first_block_cache is None else threshold_of(first_block_cache)
+        if self.threshold is not None and len(model.transformer_blocks) < 2:
+            raise ValueError("first_block_cache: expected a model of two blocks or more, got one")
+        self._start()
         self._prepare()
+
+    def _start(self) -> None:
+        self.workspaces: OrderedDict[Shape, Workspace] = OrderedDict()
+        self._run = _Run()
+        # Steps of several threads share the buffers.
+        self._lock = threading.RLock()
+        self._prepared: tuple[Any, ...] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Engine":
+        """For a copy of the model, which need not be complete yet; without buffers and graphs."""
+        other = copy.copy(self)
+        memo[id(self)] = other
+        other.model = copy.deepcopy(self.model, memo)
+        other._start()
+        return other
 
     def _prepare(self) -> None:
         """Take the model's layers as they are now."""
         _check_blocks(self.model)
         self.workspaces.clear()
+        if self.quantize is not None:
+            check_quantization(self.quantize, self.model.device)
+            self._mixtures = quantized_mixtures(self.model.mim, KINDS[self.quantize])
+        else:
+            self._mixtures: Callable[..., Any] = self.model.mim
         modules = [cast(JointTransformerBlock, block) for block in self.model.transformer_blocks]
-        self.blocks = [Block(block) for block in modules]
+        self.blocks = [self.block(block, self._joined, self._alone) for block in modules]
         self.modulator = Modulator(self.model)
         self._prepared = self._state()
 
+    def _joined(self, layers: Sequence[nn.Module]) -> Layer:
+        """Layers with one input, as one product."""
+        if self.quantize is not None and all(map(quantizable, layers)):
+            return QuantizedLinear(layers, KINDS[self.quantize])
+        return type(self).join(layers)
+
+    def _alone(self, layer: nn.Module) -> Layer:
+        if self.quantize is not None and quantizable(layer):
+            return QuantizedLinear([layer], KINDS[self.quantize])
+        return layer
+
     def _state(self) -> tuple[Any, ...]:
-        """Changes when weights are moved or replaced, and when LoRAs come, go or are rescaled."""
+        """Changes when weights are moved or replaced, and when LoRAs come, go or are rescaled.
+
+        Where there are 8-bit copies of weights, also when these change in place.
+        """
         adapters = [
             (str(part.scaling), str(part.active_adapters), part.merged)
             for part in self.model.modules()
             if hasattr(part, "scaling") and hasattr(part, "active_adapters")
         ]
-        return (*(p.data_ptr() for p in self.model.parameters()), *adapters)
+        parameters = list(self.model.parameters())
+        versions = [0 if p.is_inference() else p._version for p in parameters]
+        changes = versions if self.quantize is not None else ()
+        return (*(p.data_ptr() for p in parameters), *changes, *adapters)
 
     def _refresh(self) -> None:
         if self._state() != self._prepared:
             self._prepare()
 
+    def mixtures(
+        self, z: Tensor, grid: tuple[int, int], layers: slice, routing: Routing | None = None
+    ) -> tuple[Tensor, Routing]:
+        """As the model's `mim`."""
+        with self._lock:
+            self._refresh()
+            run = self._mixtures
+        return run(z, grid, layers, routing)
+
     def condition(self, given: Condition) -> KeyValueCondition:
         """Keys and values of a condition's tokens, which are needed no more."""
-        self._refresh()
-        pairs = [b.keys_and_values(m) for b, m in zip(self.blocks, given.tokens, strict=True)]
+        with self._lock:
+            self._refresh()
+            pairs = [b.keys_and_values(m) for b, m in zip(self.blocks, given.tokens, strict=True)]
         keys, values = zip(*pairs, strict=True)
         return KeyValueCondition(given.latents, (), given.routing, keys, values)
 
@@ -93,19 +205,20 @@ class Engine:
         """Inside, all times are among `timesteps` [S] and pooled texts among these, [1,P] each.
 
         Their modulations are computed together beforehand: the adaptive norms' weights, a quarter
-        of SD3.5's, are then read once and not in every step.
+        of SD3.5's, are then read once and not in every step. Holds for the calling thread.
         """
-        self._refresh()
-        if self.model.condition_embedder is not None:
-            # Modulations depend on the picture, too.
-            yield
-            return
-        tables = [Table(self.modulator, timesteps, p) for p in pooled]
-        self._tables = {table.pointer: table for table in tables}
+        with self._lock:
+            self._refresh()
+        run = self._run
+        run.kept.clear()
+        # Where modulations depend on the picture, too, there is no table.
+        if self.model.condition_embedder is None:
+            tables = [Table(self.modulator, timesteps, p) for p in pooled]
+            run.tables = {table.pointer: table for table in tables}
         try:
             yield
         finally:
-            self._tables = {}
+            run.tables = {}
 
     def predict(
         self,
@@ -117,30 +230,46 @@ class Engine:
     ) -> Tensor:
         """As `MiMDiTTransformer2DModel.predict`."""
         model, grid = self.model, self.model.grid(hidden_states)
+        if self._prepared is None:
+            self._refresh()
         if condition is not None and not isinstance(condition, KeyValueCondition):
             condition = self.condition(condition)
         kind = hidden_states.device.type
-        cast_ = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         shape = Shape(
             len(hidden_states),
             grid,
             encoder_hidden_states.shape[1],
             condition.keys[0].shape[2] if condition is not None else 0,
-            cast_ or hidden_states.dtype,
+            torch.get_autocast_dtype(kind) if casts else hidden_states.dtype,
             hidden_states.device,
         )
-        workspace = self._workspace(shape)
-        workspace.load(condition)
-        table = self._tables.get(pooled_projections.data_ptr())
+        table = self._run.tables.get(pooled_projections.data_ptr())
         timestep = timestep.expand(len(hidden_states))
         flat = table(timestep) if table else self.modulator.embed(timestep, pooled_projections)
         x = model.pos_embed(hidden_states).contiguous()
         text = model.context_embedder(encoder_hidden_states)
-        return unpatchify(model, workspace(x, flat, text), grid)
+        kept = () if self.threshold is None else (self._kept(condition, encoder_hidden_states),)
+        with self._lock:
+            workspace = self._workspace(shape)
+            workspace.load(condition)
+            out = workspace.run(x, flat, text, *kept)
+        return unpatchify(model, out, grid)
 
     def release(self) -> None:
         """Give back buffers and graphs; the next call makes new ones."""
-        self.workspaces.clear()
+        with self._lock:
+            self.workspaces.clear()
+
+    @property
+    def skipped(self) -> int:
+        """Steps of this thread's last run that left out all blocks but the first."""
+        return sum(kept.skipped for of in self._run.kept.values() for kept in of.values())
+
+    def _kept(self, condition: Condition | None, text: Tensor) -> Kept:
+        """What the cache holds of this picture and branch of guidance."""
+        branches = self._run.kept.setdefault(self.model if condition is None else condition, {})
+        return branches.setdefault(text.data_ptr(), Kept())
 
     def _workspace(self, shape: Shape) -> Workspace:
         """The workspace of a shape, made now or used before."""
@@ -153,13 +282,39 @@ class Engine:
             graphed = shape.device.type == "cuda" if self.graph is None else self.graph
             if graphed and shape.device.type != "cuda":
                 raise ValueError(f"graph: expected a CUDA device, got {shape.device}")
-            self.workspaces[shape] = Workspace(shape, self._step, joint, graphed)
+            self.workspaces[shape] = Workspace(shape, joint, self._runner(shape, joint, graphed))
         self.workspaces.move_to_end(shape)
         return self.workspaces[shape]
 
-    def _step(self, x: Tensor, flat: Tensor, text: Tensor, joint: list[Any]) -> Tensor:
-        h = run_blocks(self.blocks, x, text, self.modulator.split(flat), joint)
+    def _runner(self, shape: Shape, joint: list[Joint], graphed: bool) -> Callable[..., Any]:
+        """A step over these buffers: compiled, captured, or as it is."""
+
+        def made(function: Callable[..., Any], joint: list[Joint]) -> Callable[..., Any]:
+            run = partial(function, joint=joint)
+            if self.compile:
+                run = torch.compile(run, dynamic=False, fullgraph=True)
+            return Graphed(run, shape.device) if graphed else run
+
+        if self.threshold is None:
+            return made(self._step, joint)
+        head, tail = made(self._head, joint), made(self._tail, joint)
+        return Parts(head, tail, made(self._out, joint), self.threshold)
+
+    def _step(self, x: Tensor, flat: Tensor, text: Tensor, joint: list[Joint]) -> Tensor:
+        h = run_blocks(self.blocks, x, text, self.modulator.split(flat), joint)[2]
         return self.model.proj_out(h)
+
+    def _head(self, x: Tensor, flat: Tensor, text: Tensor, joint: list[Joint]) -> Any:
+        modulation = self.modulator.split(flat)
+        return run_blocks(self.blocks, x, text, modulation, joint, range(1))[:2]
+
+    def _tail(self, x: Tensor, flat: Tensor, text: Tensor, joint: list[Joint]) -> Tensor:
+        modulation, others = self.modulator.split(flat), range(1, len(self.blocks))
+        return run_blocks(self.blocks, x, text, modulation, joint, others)[0]
+
+    def _out(self, x: Tensor, flat: Tensor, joint: list[Joint]) -> Tensor:
+        del joint
+        return self.model.proj_out(normalise_output(x, self.modulator.split(flat)))
 
 
 def _check_blocks(model: MiMDiTTransformer2DModel) -> None:

@@ -1,11 +1,13 @@
 """One evaluation of the backbone, from tokens to tokens, over resident joint buffers."""
 
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.activations import GELU
 from diffusers.models.attention import JointTransformerBlock
-from torch import Tensor
+from torch import Tensor, nn
 
 from mimdit.engine.linears import FusedLinear
 from mimdit.engine.modulation import Adaptation, Modulation
@@ -18,18 +20,31 @@ from mimkernels import (
 )
 
 Joint = tuple[Tensor, Tensor, Tensor]
+Layer = Callable[[Tensor], Tensor]
 
 
 class Block:
-    """The projections of one block, queries, keys and values of a stream in one product."""
+    """The projections of one block, queries, keys and values of a stream in one product.
 
-    def __init__(self, block: JointTransformerBlock) -> None:
+    join: makes that product; only: what takes the place of a layer that stands alone.
+    """
+
+    def __init__(
+        self,
+        block: JointTransformerBlock,
+        join: Callable[[Sequence[nn.Module]], Layer] = FusedLinear,
+        only: Callable[[nn.Module], Layer] = lambda layer: layer,
+    ) -> None:
         attn: Any = block.attn
-        self.block, self.attn, self.attn2 = block, attn, cast(Any, block.attn2)
-        self.image_qkv = FusedLinear([attn.to_q, attn.to_k, attn.to_v])
-        self.text_qkv = FusedLinear([attn.add_q_proj, attn.add_k_proj, attn.add_v_proj])
+        self.attn, self.attn2 = attn, cast(Any, block.attn2)
+        self.image_qkv = join([attn.to_q, attn.to_k, attn.to_v])
+        self.text_qkv = join([attn.add_q_proj, attn.add_k_proj, attn.add_v_proj])
+        self.image_out = only(attn.to_out[0])
+        self.text_out = None if attn.context_pre_only else only(attn.to_add_out)
+        self.image_mlp, self.text_mlp = _mlp(block.ff, only), _mlp(block.ff_context, only)
         if self.attn2 is not None:
-            self.dual_qkv = FusedLinear([self.attn2.to_q, self.attn2.to_k, self.attn2.to_v])
+            self.dual_qkv = join([self.attn2.to_q, self.attn2.to_k, self.attn2.to_v])
+            self.dual_out = only(self.attn2.to_out[0])
 
     def keys_and_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Of conditioning tokens m [B,K,D]: [B,heads,K,d] each, keys normalised."""
@@ -51,8 +66,8 @@ class Block:
         k_norms = [_weight(attn.norm_k), _weight(attn.norm_added_k)]
         joint_qkv_(joint, streams, q_norms, k_norms, offsets=[0, tokens], eps=_EPS)
         out = F.scaled_dot_product_attention(*joint).transpose(1, 2).flatten(2)
-        words = None if attn.context_pre_only else attn.to_add_out(out[:, tokens:])
-        return attn.to_out[0](out[:, :tokens]), words
+        words = None if self.text_out is None else self.text_out(out[:, tokens:])
+        return self.image_out(out[:, :tokens]), words
 
     def attend_image(self, image: Tensor) -> Tensor:
         """The second attention of dual blocks, among image tokens alone."""
@@ -60,7 +75,18 @@ class Block:
         norms = [_weight(attn.norm_q)], [_weight(attn.norm_k)]
         qkv = joint_qkv([self.dual_qkv(image)], *norms, heads=attn.heads, eps=_EPS)
         out = F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2)
-        return attn.to_out[0](out)
+        return self.dual_out(out)
+
+
+def _mlp(given: Any, only: Callable[[nn.Module], Layer]) -> Layer:
+    """Diffusers' `FeedForward`, or the same of layers that took the place of its own."""
+    first = None if given is None else given.net[0]
+    if not isinstance(first, GELU):
+        return given
+    up, down = only(first.proj), only(given.net[2])
+    if up is first.proj and down is given.net[2]:
+        return given
+    return lambda x: down(F.gelu(up(x), approximate=first.approximate))
 
 
 # Of all norms in SD3's blocks.
@@ -111,23 +137,37 @@ def _into_mlp(
 
 
 def run_blocks(
-    blocks: list[Block], x: Tensor, text: Tensor, modulation: Modulation, joint: list[Joint]
-) -> Tensor:
-    """Image tokens x [B,N,D] and text tokens [B,T,D] to normalised output tokens [B,N,D]."""
+    blocks: list[Block],
+    x: Tensor,
+    text: Tensor,
+    modulation: Modulation,
+    joint: list[Joint],
+    some: range | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Image tokens x [B,N,D] and text tokens [B,T,D] through all blocks, or some.
+
+    Returns x and text behind them, and x normalised for what follows them.
+    """
+    some = range(len(blocks)) if some is None else some
     image_to = (*modulation.image[1:], modulation.out)
-    h = _open(x, modulation.image[0])
-    (words,) = _open(text, modulation.text[0])
-    for i, block in enumerate(blocks):
-        image, own = modulation.image[i], modulation.text[i]
+    h = _open(x, modulation.image[some.start])
+    (words,) = _open(text, modulation.text[some.start])
+    for i in some:
+        block, image, own = blocks[i], modulation.image[i], modulation.text[i]
         a, c = block.attend(h[0], words, joint[i])
         a2 = block.attend_image(h[1]) if len(h) > 1 else None
         x, mlp = _into_mlp(x, a, image, a2)
-        x, *h = _close(x, block.block.ff(mlp), image.gate_mlp, image_to[i])
+        x, *h = _close(x, block.image_mlp(mlp), image.gate_mlp, image_to[i])
         if c is not None:
             text, mlp = _into_mlp(text, c, own)
-            f = cast(Any, block.block.ff_context)(mlp)
+            f = block.text_mlp(mlp)
             text, words = _close(text, f, own.gate_mlp, modulation.text[i + 1])
-    return h[0]
+    return x, text, h[0]
+
+
+def normalise_output(x: Tensor, modulation: Modulation) -> Tensor:
+    """Image tokens x [B,N,D] behind the last block, normalised for the output projection."""
+    return _open(x, modulation.out)[0]
 
 
 def unpatchify(model: MiMDiTTransformer2DModel, tokens: Tensor, grid: tuple[int, int]) -> Tensor:

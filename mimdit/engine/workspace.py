@@ -1,8 +1,8 @@
-"""Everything of one shape: joint buffers and, on a GPU, the graph of a step over them."""
+"""Everything of one shape: joint buffers, and how a step runs over them."""
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,13 +10,10 @@ from torch import Tensor
 from mimdit.condition import Condition
 from mimdit.engine.step import Joint
 
-# Calls before a capture: they load kernels and choose algorithms.
-_WARMUP = 2
-
 
 @dataclass(frozen=True)
 class Shape:
-    """B pictures of N image, T text and K conditioning tokens, and whether there is a graph."""
+    """B pictures of N image, T text and K conditioning tokens."""
 
     pictures: int
     grid: tuple[int, int]
@@ -41,17 +38,13 @@ class KeyValueCondition(Condition):
 
 @dataclass
 class Workspace:
-    """Buffers of one shape. `step(x, flat, text, joint)` → output tokens; all static in a graph."""
+    """Buffers of one shape; `run` is a step over them, or the parts of one."""
 
     shape: Shape
-    step: Callable[..., Tensor]
     joint: list[Joint]
-    graphed: bool
+    run: Callable[..., Any]
     # Whose conditioning rows the buffers hold.
     _held: KeyValueCondition | None = field(default=None, init=False)
-    _graph: torch.cuda.CUDAGraph | None = field(default=None, init=False)
-    _inputs: tuple[Tensor, ...] = field(default=(), init=False)
-    _output: Tensor | None = field(default=None, init=False)
 
     def load(self, condition: KeyValueCondition | None) -> None:
         """Fill the conditioning rows, unless they are this condition's already."""
@@ -62,40 +55,6 @@ class Workspace:
             k[:, :, start:].copy_(key)
             v[:, :, start:].copy_(value)
         self._held = condition
-
-    def __call__(self, x: Tensor, flat: Tensor, text: Tensor) -> Tensor:
-        """Output tokens of image tokens x [B,N,D], modulation [B,total] and text [B,T,D]."""
-        if not self.graphed:
-            return self.step(x, flat, text, self.joint)
-        if self._graph is None:
-            try:
-                self._capture(x, flat, text)
-            except RuntimeError as error:
-                reason = str(error).splitlines()[0]
-                warnings.warn(
-                    f"no CUDA graph, so steps are launched one by one: {reason}", stacklevel=2
-                )
-                self.graphed = False
-                return self.step(x, flat, text, self.joint)
-        assert self._graph is not None and self._output is not None
-        for static, given in zip(self._inputs, (x, flat, text), strict=True):
-            static.copy_(given)
-        self._graph.replay()
-        # The next replay overwrites it.
-        return self._output.clone()
-
-    def _capture(self, *given: Tensor) -> None:
-        self._inputs = tuple(v.clone() for v in given)
-        stream = torch.cuda.Stream(self.shape.device)
-        stream.wait_stream(torch.cuda.current_stream(self.shape.device))
-        with torch.cuda.stream(stream):
-            for _ in range(_WARMUP):
-                self.step(*self._inputs, self.joint)
-        torch.cuda.current_stream(self.shape.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._output = self.step(*self._inputs, self.joint)
-        self._graph = graph
 
     @property
     def bytes(self) -> int:

@@ -93,6 +93,7 @@ def _check(
     check_index("index", index, weight.shape[0])
     check_shape("gate", gate, x.shape[:2])
     check_like("gate", gate, "x", x)
+    check_float("gate", gate)
     if bias is not None:
         check_shape("bias", bias, weight.shape[:2])
         check_like("bias", bias, "x", x)

@@ -172,7 +172,7 @@ def backward_weight(x: Tensor, grad: Tensor, index: Tensor, experts: int) -> Ten
             PIXELS=_PIXELS,
             CHANNELS=_CHANNELS,
             ACCUMULATOR=accumulator(x.dtype),
-            num_warps=4,
+            num_warps=8,
             num_stages=2,
         )
     sums = parts.sum(1).transpose(1, 2).to(x.dtype)  # [E,C,9]

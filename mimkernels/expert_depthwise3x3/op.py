@@ -36,6 +36,7 @@ def expert_depthwise3x3(
     check_float("x", x)
     check_shape("weight", weight, (None, x.shape[-1], 3, 3))
     check_like("weight", weight, "x", x)
+    check_float("weight", weight)
     check_shape("index", index, x.shape[:2])
     check_device("index", index, "x", x)
     check_index("index", index, weight.shape[0])

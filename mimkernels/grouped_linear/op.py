@@ -8,7 +8,13 @@ from torch.autograd.function import once_differentiable
 
 from mimkernels.autocast import autocast
 from mimkernels.backend import runs_triton
-from mimkernels.checks import check_device, check_float, check_like, check_shape
+from mimkernels.checks import (
+    check_device,
+    check_float,
+    check_like,
+    check_places,
+    check_shape,
+)
 from mimkernels.grouped_linear.reference import grouped_linear_reference
 from mimkernels.registry import kernel_op
 from mimkernels.topk_route import Route
@@ -52,13 +58,19 @@ def grouped_linear(
 
 
 def _check(x: Tensor, weight: Tensor, route: Route, bias: Tensor | None, gather: bool) -> None:
+    check_shape("route.experts", route.experts, (None, None))
     tokens, k = route.experts.shape
     check_shape("x", x, (tokens if gather else tokens * k, None))
     check_float("x", x)
     check_shape("weight", weight, (len(route.counts), None, x.shape[1]))
     check_like("weight", weight, "x", x)
     check_float("weight", weight)
-    check_device("route", route.permutation, "x", x)
+    experts, slots = (len(weight),), (tokens * k,)
+    shapes = ((tokens, k), (tokens, k), experts, experts, slots, slots)
+    for field, value, shape in zip(route._fields, route, shapes, strict=True):
+        check_shape(f"route.{field}", value, shape)
+        (check_float if field == "weights" else check_places)(f"route.{field}", value)
+        check_device(f"route.{field}", value, "x", x)
     if bias is not None:
         check_shape("bias", bias, weight.shape[:2])
         check_like("bias", bias, "x", x)

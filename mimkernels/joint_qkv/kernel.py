@@ -249,6 +249,9 @@ def backward(
     """dqkv of each of N streams and, if wanted, their weights' gradients [N,2,d], q then k."""
     pictures, heads, _, width = dk.shape
     options = _options(dk)
+    if dk.element_size() >= 4:
+        # Twice the registers for each operand beside two sums: whole blocks spill on sm_86.
+        options["ROWS"] = max(1, options["ROWS"] // 2)
     wide = torch.promote_types(dk.dtype, torch.float32)
     grads, sums = [qkv.new_empty(qkv.shape) for qkv in qkvs], []
     places = zip(*_places(qkvs, dk), strict=True)

@@ -15,6 +15,16 @@ from mimkernels.launch import accumulator, precision
 
 
 @triton.jit
+def find_program(heads, windows, TILES: tl.constexpr):
+    """Head, tile, window and slot of a program of a grid (B·k × windows × tiles × heads), and the
+    window's number among those of all slots.
+    """
+    i_h, i_p = tl.program_id(0) % heads, tl.program_id(0) // heads
+    i_t, i_p = i_p % TILES, i_p // TILES
+    return i_h, i_t, i_p % windows, (i_p // windows).to(tl.int64), i_p
+
+
+@triton.jit
 def find_head(
     qkv, table, pad, index, i_s, i_h, slots, stride_xb, stride_xj, stride_te, stride_pe,
     HAS_INDEX: tl.constexpr, HEAD: tl.constexpr,

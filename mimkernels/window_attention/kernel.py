@@ -21,6 +21,7 @@ from mimkernels.window_attention.blocks import (
     call_of,
     find_head,
     find_places,
+    find_program,
     load_keys,
     load_rows,
     load_table,
@@ -32,50 +33,22 @@ from mimkernels.window_attention.blocks import (
 
 @triton.jit
 def forward_kernel(
-    qkv,
-    table,
-    pad,
-    index,
-    slots,
-    height,
-    width,
-    down,
-    across,
-    heads,
-    steps,
-    shift_h,
-    shift_w,
-    stride_xb,
-    stride_xj,
-    stride_xh,
-    stride_xw,
-    stride_te,
-    stride_tr,
-    stride_pe,
-    out,
-    lse,
-    HAS_INDEX: tl.constexpr,
-    PAD: tl.constexpr,
-    ROLL_FIRST: tl.constexpr,
-    SCALE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    OFFSETS: tl.constexpr,
-    HEAD: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    qkv, table, pad, index, slots, height, width, down, across, heads, steps, shift_h, shift_w,
+    stride_xb, stride_xj, stride_xh, stride_xw, stride_te, stride_tr, stride_pe,
+    out, lse,
+    LSE: tl.constexpr,
+    HAS_INDEX: tl.constexpr, PAD: tl.constexpr, ROLL_FIRST: tl.constexpr, SCALE: tl.constexpr,
+    WINDOW: tl.constexpr, OFFSETS: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
-):
+):  # fmt: skip
     """Grid (B·k × windows × query tiles × heads), heads together: they share cache lines.
 
-    out [B,k,H,W,C] dense; lse [B,k,windows,heads,M²] is 0 at places that are no token.
+    out [B,k,H,W,C] dense; LSE: lse [B,k,windows,heads,M²], 0 at places that are no token.
     """
     AREA: tl.constexpr = WINDOW * WINDOW
     TILES: tl.constexpr = (AREA + ROWS - 1) // ROWS
-    i_h, i_p = tl.program_id(0) % heads, tl.program_id(0) // heads
-    i_q, i_p = i_p % TILES, i_p // TILES
-    i_w, i_s = i_p % (down * across), (i_p // (down * across)).to(tl.int64)
+    i_h, i_q, i_w, i_s, i_p = find_program(heads, down * across, TILES)
     p_q, p_table, p_pad = find_head(
         qkv, table, pad, index, i_s, i_h, slots, stride_xb, stride_xj, stride_te, stride_pe,
         HAS_INDEX, HEAD,
@@ -112,8 +85,9 @@ def forward_kernel(
     b_sum = tl.where(real, b_sum, 1.0)
     p_out = out + i_s * height * width * channels + i_h * HEAD
     store_rows(p_out, acc / b_sum[:, None], y, x, real, width * channels, channels, HEAD, CHANNELS)
-    p_lse = lse + (tl.program_id(0) // (heads * TILES) * heads + i_h).to(tl.int64) * AREA + o_q
-    tl.store(p_lse, tl.where(real, b_max + tl.log(b_sum), 0.0), mask=o_q < AREA)
+    if LSE:
+        p_lse = lse + (i_p.to(tl.int64) * heads + i_h) * AREA + o_q
+        tl.store(p_lse, tl.where(real, b_max + tl.log(b_sum), 0.0), mask=o_q < AREA)
 
 
 def forward(
@@ -126,15 +100,17 @@ def forward(
     heads: int,
     scale: float,
     roll_first: bool,
+    with_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """out [B,k,H,W,C] and logsumexp [B,k,windows,heads,M²]; arguments as `call_of`'s."""
+    """out [B,k,H,W,C] and logsumexp [B,k,windows,heads,M²] (else empty); others as `call_of`'s."""
     call = call_of(qkv, table, index, pad_value, window, shift, heads, scale, roll_first)
     wide = torch.promote_types(qkv.dtype, torch.float32)
     out = qkv.new_empty(*qkv.shape[:4], qkv.shape[4] // 3)
-    lse = qkv.new_empty(*qkv.shape[:2], call.windows, heads, window * window, dtype=wide)
+    shape = (*qkv.shape[:2], call.windows, heads, window * window) if with_lse else (0,)
+    lse = qkv.new_empty(shape, dtype=wide)
     if out.numel():
         grid = (qkv.shape[0] * qkv.shape[1] * call.windows * call.tiles * heads,)
-        launch(forward_kernel, grid, *call.arguments, out, lse, **call.options)
+        launch(forward_kernel, grid, *call.arguments, out, lse, LSE=with_lse, **call.options)
     return out, lse
 
 

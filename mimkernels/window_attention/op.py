@@ -69,12 +69,16 @@ def window_attention(
             window=window, heads=heads, shift=both, scale=scale, roll_first=roll_first,
         )  # fmt: skip
     slotted = qkv.ndim == 5
+    # The logsumexp is for the backward pass alone.
+    inputs = (qkv, table) if pad_value is None else (qkv, table, pad_value)
+    with_lse = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     out = _WindowAttention.apply(
         qkv if slotted else qkv.unsqueeze(1),
         table if table.ndim == 3 else table.unsqueeze(0),
         index,
         pad_value,
         (window, both, heads, scale, roll_first),
+        with_lse,
     )
     return out if slotted else out.squeeze(1)
 
@@ -127,8 +131,9 @@ class _WindowAttention(torch.autograd.Function):
         index: Tensor | None,
         pad_value: Tensor | None,
         options: tuple[int, tuple[int, int], int, float, bool],
+        with_lse: bool,
     ) -> Tensor:
-        out, lse = _forward(qkv, table, index, pad_value, *options)
+        out, lse = _forward(qkv, table, index, pad_value, *options, with_lse)
         ctx.save_for_backward(qkv, table, index, pad_value, out, lse)
         ctx.options = options
         return out
@@ -145,6 +150,7 @@ class _WindowAttention(torch.autograd.Function):
             dtable if needed[1] else None,
             None,
             dpad if needed[3] else None,
+            None,
             None,
         )
 
@@ -164,14 +170,15 @@ def _launch_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Ten
 
 def _fake_forward(
     qkv: Tensor, table: Tensor, index: Any, pad_value: Any, window: int, shift: Any, heads: int,
-    scale: float, roll_first: bool,
+    scale: float, roll_first: bool, with_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     height, width, channels = qkv.shape[2:]
     windows = -(-height // window) * -(-width // window)
     wide = torch.promote_types(qkv.dtype, torch.float32)
+    shape = (*qkv.shape[:2], windows, heads, window * window) if with_lse else (0,)
     return (
         qkv.new_empty(*qkv.shape[:4], channels // 3),
-        qkv.new_empty(*qkv.shape[:2], windows, heads, window * window, dtype=wide),
+        qkv.new_empty(shape, dtype=wide),
     )
 
 
@@ -188,8 +195,8 @@ def _fake_backward(
 
 _OPTIONS = "int window, int[] shift, int heads, float scale, bool roll_first"
 _forward = kernel_op(
-    f"window_attention(Tensor qkv, Tensor table, Tensor? index, Tensor? pad_value, {_OPTIONS}) "
-    "-> (Tensor, Tensor)",
+    f"window_attention(Tensor qkv, Tensor table, Tensor? index, Tensor? pad_value, {_OPTIONS}, "
+    "bool with_lse=True) -> (Tensor, Tensor)",
     _launch_forward,
     _fake_forward,
 )

@@ -13,6 +13,7 @@ import triton.language as tl
 from mimkernels.window_attention.blocks import (
     find_head,
     find_places,
+    find_program,
     load_keys,
     load_rows,
     load_table,
@@ -26,54 +27,18 @@ from mimkernels.window_attention.blocks import (
 
 @triton.jit
 def query_kernel(
-    qkv,
-    table,
-    pad,
-    index,
-    slots,
-    height,
-    width,
-    down,
-    across,
-    heads,
-    steps,
-    shift_h,
-    shift_w,
-    stride_xb,
-    stride_xj,
-    stride_xh,
-    stride_xw,
-    stride_te,
-    stride_tr,
-    stride_pe,
-    grad,
-    stride_gb,
-    stride_gj,
-    stride_gh,
-    stride_gw,
-    lse,
-    out,
-    delta,
-    dqkv,
-    HAS_INDEX: tl.constexpr,
-    PAD: tl.constexpr,
-    ROLL_FIRST: tl.constexpr,
-    SCALE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    OFFSETS: tl.constexpr,
-    HEAD: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    qkv, table, pad, index, slots, height, width, down, across, heads, steps, shift_h, shift_w,
+    stride_xb, stride_xj, stride_xh, stride_xw, stride_te, stride_tr, stride_pe,
+    grad, stride_gb, stride_gj, stride_gh, stride_gw, lse, out, delta, dqkv,
+    HAS_INDEX: tl.constexpr, PAD: tl.constexpr, ROLL_FIRST: tl.constexpr, SCALE: tl.constexpr,
+    WINDOW: tl.constexpr, OFFSETS: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
-):
+):  # fmt: skip
     """δ = rowsum(do⊙o), and dq of a tile of queries. Grid (B·k × windows × tiles × heads)."""
     AREA: tl.constexpr = WINDOW * WINDOW
     TILES: tl.constexpr = (AREA + ROWS - 1) // ROWS
-    i_h, i_p = tl.program_id(0) % heads, tl.program_id(0) // heads
-    i_q, i_p = i_p % TILES, i_p // TILES
-    i_w, i_s = i_p % (down * across), (i_p // (down * across)).to(tl.int64)
+    i_h, i_q, i_w, i_s, i_p = find_program(heads, down * across, TILES)
     p_q, p_table, p_pad = find_head(
         qkv, table, pad, index, i_s, i_h, slots, stride_xb, stride_xj, stride_te, stride_pe,
         HAS_INDEX, HEAD,
@@ -113,57 +78,21 @@ def query_kernel(
 
 @triton.jit
 def key_kernel(
-    qkv,
-    table,
-    pad,
-    index,
-    slots,
-    height,
-    width,
-    down,
-    across,
-    heads,
-    steps,
-    shift_h,
-    shift_w,
-    stride_xb,
-    stride_xj,
-    stride_xh,
-    stride_xw,
-    stride_te,
-    stride_tr,
-    stride_pe,
-    grad,
-    stride_gb,
-    stride_gj,
-    stride_gh,
-    stride_gw,
-    lse,
-    delta,
-    dqkv,
-    pad_parts,
-    HAS_INDEX: tl.constexpr,
-    PAD: tl.constexpr,
-    ROLL_FIRST: tl.constexpr,
-    SCALE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    OFFSETS: tl.constexpr,
-    HEAD: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    qkv, table, pad, index, slots, height, width, down, across, heads, steps, shift_h, shift_w,
+    stride_xb, stride_xj, stride_xh, stride_xw, stride_te, stride_tr, stride_pe,
+    grad, stride_gb, stride_gj, stride_gh, stride_gw, lse, delta, dqkv, pad_parts,
+    HAS_INDEX: tl.constexpr, PAD: tl.constexpr, ROLL_FIRST: tl.constexpr, SCALE: tl.constexpr,
+    WINDOW: tl.constexpr, OFFSETS: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
-):
+):  # fmt: skip
     """dk and dv of a tile of keys. Grid (B·k × windows × tiles × heads).
 
     pad_parts [B·k, windows · tiles, 2, C].
     """
     AREA: tl.constexpr = WINDOW * WINDOW
     TILES: tl.constexpr = (AREA + ROWS - 1) // ROWS
-    i_h, i_p = tl.program_id(0) % heads, tl.program_id(0) // heads
-    i_k, i_p = i_p % TILES, i_p // TILES
-    i_w, i_s = i_p % (down * across), (i_p // (down * across)).to(tl.int64)
+    i_h, i_k, i_w, i_s, i_p = find_program(heads, down * across, TILES)
     p_q, p_table, p_pad = find_head(
         qkv, table, pad, index, i_s, i_h, slots, stride_xb, stride_xj, stride_te, stride_pe,
         HAS_INDEX, HEAD,

@@ -1,50 +1,120 @@
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
 
-from bench import latency, measure
+from bench import latency, measure, variants
+from bench.inputs import load, make_inputs
+from bench.variants import MAKERS, variants_of
 from mimdit.loading import assemble
 from mimdit.presets import build
+
+# What a row of `python -m bench.latency` has at least.
+FIELDS = {"bench", "variant", "model", "device", "dtype", "height", "width", "batch", "steps"}
+FIELDS |= {f"picture_p{p}_s" for p in (50, 90, 99)}
+FIELDS |= {
+    f"{part}_p{p}_ms"
+    for part in ("step", "condition", "vae_encode", "vae_decode")
+    for p in (50, 90, 99)
+}
+FIELDS |= {"cold_s", "capture_s", "peak_allocated_mb", "peak_reserved_mb", "tflops", "peak_share"}
+FIELDS |= {"rel_err", "parity", "approximate", "revision", "torch", "triton", "diffusers"}
+EXACT = ["reference", "reference-cached", "engine-no-graph", "engine"]
+APPROXIMATE = ["engine-int8", "engine-first-block-cache"]
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assemble(build("debug").randomize_(0)).save_pretrained(tmp_path / "model")
     out = tmp_path / "rows.jsonl"
+    names = [*EXACT, *APPROXIMATE, "engine-fp8", "backbone-eager", "tensorrt"]
     command = ["--model", str(tmp_path / "model"), "--sizes", "64", "--steps", "2", "--runs", "2"]
-    assert (
-        latency.main([*command, "--device", "cpu", "--precision", "fp32", "--out", str(out)]) == 0
-    )
-    assert "reference-cached" in capsys.readouterr().out
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    names = ["reference", "reference-cached", "engine-no-graph", "backbone-eager"]
-    assert [row["variant"] for row in rows] == names
-    for row in rows:
-        assert row["parity"] and (row["rel_err"] or 0) < 1e-5
-        assert 0 < row["picture_p50_s"] <= row["picture_p99_s"]
-        assert row["step_tflop"] > 0 and row["peak_share"] > 0
+    command += ["--device", "cpu", "--precision", "fp32", "--batch", "2", "--out", str(out)]
+    assert latency.main([*command, "--variants", *names]) == 0
+    printed = capsys.readouterr().out
+    assert "engine-fp8: left out, quantize: 'fp8' needs an NVIDIA GPU of compute" in printed
+    assert "tensorrt: left out, it needs a GPU" in printed
+    assert "engine-int8 (approximate)" in printed and "dB to the engine" in printed
+    rows = {row["variant"]: row for row in map(json.loads, out.read_text().splitlines())}
+    assert list(rows) == [*EXACT, *APPROXIMATE, "backbone-eager"]
+    for name, row in rows.items():
+        assert not FIELDS - set(row), name
+        assert row["parity"] and row["approximate"] == (name in APPROXIMATE)
+        assert 0 < row["picture_p50_s"] <= row["picture_p90_s"] <= row["picture_p99_s"]
+        assert row["step_tflop"] > 0 and row["peak_share"] > 0 and row["batch"] == 2
+    for name in EXACT:
+        assert rows[name]["rel_err"] < 1e-5 and rows[name]["psnr_db"] > 60
+    assert rows["backbone-eager"]["rel_err"] is None
+    assert 20 < rows["engine-int8"]["psnr_db"] < rows["engine"]["psnr_db"]
     # A step of the literal form encodes the condition again and runs the queries it drops.
-    flops = [row["step_tflop"] for row in rows]
-    assert flops[0] > flops[1] > flops[2] > flops[3]
+    order = ["reference", "reference-cached", "backbone-eager"]
+    flops = [rows[name]["step_tflop"] for name in order]
+    assert flops == sorted(flops, reverse=True) and len(set(flops)) == 3
     assert (tmp_path / "rows.png").stat().st_size > 1000
 
 
+def test_every_variant_runs_or_says_why_not() -> None:
+    named = {"engine-compile", "engine-fp8", "backbone-eager", "backbone-compiled"}
+    assert {*EXACT, *APPROXIMATE, *named, "onnxruntime", "tensorrt"} == set(MAKERS)
+    assert latency.default_variants("cuda") == (list(MAKERS), {})
+    unasked, reasons = latency.default_variants("cpu")
+    assert set(unasked) | set(reasons) == set(MAKERS)
+    assert all("ask for it with --variants" in reason for reason in reasons.values())
+
+
 def test_no_speed_without_parity(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build("debug").randomize_(0).requires_grad_(False).eval()
-    honest = latency.variants_of(model)
-    wrong = replace(honest[1], step=lambda x, t, c: honest[1].step(x, t, c) * 1.01)
-    monkeypatch.setattr(latency, "variants_of", lambda _: [honest[0], wrong])
-    rows = latency.run(model, "debug", size=64, steps=1, runs=1, warmup=0)
-    assert [row["parity"] for row in rows] == [True, False]
+    pipe = load("debug", "cpu", "fp32")
+
+    def wrong(model: object, like: torch.Tensor) -> variants.Variant:
+        honest = variants.reference_cached(pipe.transformer, like)
+        return replace(honest, name="wrong", step=lambda x, t, c: honest.step(x, t, c) * 1.01)
+
+    monkeypatch.setitem(MAKERS, "wrong", wrong)
+    rows, missing = latency.run(pipe, "debug", 64, 1, 1, 0, ["reference", "wrong"])
+    assert [row["parity"] for row in rows] == [True, False] and not missing
     assert "picture_p50_s" in rows[0] and "picture_p50_s" not in rows[1]
     assert "no speed" in latency.table(rows)
 
 
+@torch.no_grad()
+def test_the_bare_backbone_is_diffusers_own() -> None:
+    pipe = load("debug", "cpu", "fp32")
+    given = make_inputs(pipe, 64, 1)
+    variant = variants_of(pipe.transformer, given.z, ["backbone-eager"])[0][0]
+    found = variant.step(given.seen, given.t, variant.encode(given.z))
+    wanted = pipe.transformer.predict(given.seen, given.t, None)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
+    called: list[type] = []
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, _: called.append(type(module))
+    )
+    variant.step(given.seen, given.t, variant.encode(given.z))
+    handle.remove()
+    assert called[0] is SD3Transformer2DModel
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_other_runtimes_compute_the_same() -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    rows, missing = latency.run(
+        load("debug", "cpu", "fp32"), "debug", 64, 1, 1, 0, ["reference", "onnxruntime"]
+    )
+    assert not missing and rows[1]["parity"] and rows[1]["rel_err"] > 0
+
+
+def test_sizes_are_whole_tokens() -> None:
+    with pytest.raises(ValueError, match="sizes: expected multiples of 8 pixels, got 60"):
+        make_inputs(load("debug", "cpu", "fp32"), 60, 1)
+
+
 def test_runs_are_interleaved() -> None:
     order: list[str] = []
-    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    calls = {name: partial(order.append, name) for name in "ab"}
     times = measure.interleaved(calls, torch.device("cpu"), warmup=1, runs=2)
     assert order == ["a", "b"] * 3
     assert [len(t) for t in times.values()] == [2, 2]

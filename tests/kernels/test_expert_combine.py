@@ -112,6 +112,14 @@ def test_a_batch_equals_its_single_runs_and_runs_repeat() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
 
 
+def test_an_expert_that_nobody_picked_gets_no_gradient() -> None:
+    x, weight, _, gate, bias, residual = inputs(1)
+    index = torch.tensor([[2], [0]], device=DEVICE)
+    _, grads = with_gradients(triton_op, [x, weight, index, gate, bias, residual])
+    for grad in (grads[1], grads[3]):
+        assert [bool(g.any()) for g in grad] == [True, False, True, False]
+
+
 def test_operators_pass_opcheck_and_compile() -> None:
     x, weight, index, gate, bias, residual = inputs(1)
     ops = torch.ops.mimkernels

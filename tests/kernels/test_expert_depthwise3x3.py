@@ -49,7 +49,7 @@ def test_forward_and_gradients(dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
 @given(
     pictures=st.integers(0, 2),
     slots=st.integers(1, 2),
-    height=st.integers(1, 7),
+    height=st.integers(0, 7),
     width=st.integers(1, 7),
     channels=st.sampled_from([1, 8, 65]),
 )
@@ -76,6 +76,16 @@ def test_strided_input_expanded_gradient_and_repeated_runs() -> None:
     torch.testing.assert_close(*grads)
     first, second = (with_gradients(triton_op, [x, weight, index]) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
+
+
+def test_pictures_of_a_batch_equal_their_single_runs() -> None:
+    x, weight, _ = inputs(height=4, width=3, channels=20)
+    index = torch.tensor([[0, 3], [2, 0]], device=DEVICE)
+    both, grads = with_gradients(triton_op, [x, weight, index])
+    for b in (0, 1):
+        assert torch.equal(triton_op(x[b : b + 1], weight, index[b : b + 1]), both[b : b + 1])
+    # Nobody picked the expert with number 1.
+    assert [bool(g.any()) for g in grads[1]] == [True, False, True, True]
 
 
 def test_operators_pass_opcheck_and_compile() -> None:

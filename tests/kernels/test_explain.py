@@ -53,6 +53,8 @@ def test_of_calls_on_gpus_that_are_not_there() -> None:
     products = 2 * 2 * 64 * 96 * 160 / 989.4e12
     memory = (64 * 96 * 2 + 2 * 160 * 96 * 2 + 2 * 8 + 2 * 64 * 160 * 2) / 3.35e12
     assert linear["floor"] == pytest.approx(max(products, memory)) and memory > products
+    # The output, and nothing else.
+    assert linear["allocated"] == 2 * 64 * 160 * 2 and "allocates 0.041 MB" in linear["text"]
     assert "forward_kernel  2×2   ROWS=64 COLUMNS=128 INNER=64" in linear["text"]
 
     assert [k["name"] for k in gate["kernels"]] == ["mean_kernel", "gate_kernel"]

@@ -86,6 +86,24 @@ def test_any_shape(
     check(inputs(*sizes, groups, experts, torch.float64), groups, experts, k, renormalize)
 
 
+@interpreted
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_gradcheck(renormalize: bool) -> None:
+    leaves = [v.requires_grad_() for v in inputs(1, 1, 2, 2, 1, 3, torch.float64)]
+    options = {"groups": 1, "experts": 3, "k": 2, "renormalize": renormalize}
+    assert torch.autograd.gradcheck(lambda *args: triton_gate(*args, **options)[:2], leaves)
+
+
+def test_pictures_of_a_batch_pick_as_they_do_alone() -> None:
+    x, weight, bias = inputs(2, 2, 9, 16)
+    options = {"groups": 4, "experts": 4, "k": 2}
+    both = triton_gate(x, weight, bias, **options)
+    assert not torch.equal(both[2][:, 0], both[2][:, 1])
+    for b in (0, 1):
+        one = triton_gate(x[:, b : b + 1], weight, bias, **options)
+        assert all(torch.equal(a[:, b : b + 1], o) for a, o in zip(both, one, strict=True))
+
+
 def test_ties_go_to_the_lowest_index() -> None:
     x = torch.randn(2, 5, 8, device=DEVICE)
     weight = x.new_zeros(4 + 16, 8)

@@ -297,6 +297,55 @@ def test_equals_diffusers(
         assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
 
+class OnJointQKV:
+    """What diffusers' joint attention processor does, with the op in its middle."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+    def __call__(
+        self, attn: Any, image: Tensor, encoder_hidden_states: Tensor, attention_mask: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        text = encoder_hidden_states
+        own = torch.cat([attn.to_q(image), attn.to_k(image), attn.to_v(image)], dim=-1)
+        added = (attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text))
+        q_weights = [attn.norm_q.weight, attn.norm_added_q.weight]
+        k_weights = [attn.norm_k.weight, attn.norm_added_k.weight]
+        qkv = joint_qkv(
+            [own, torch.cat(added, dim=-1)], q_weights, k_weights,
+            heads=attn.heads, backend=self.backend,
+        )  # fmt: skip
+        out = F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2)
+        image, text = out[:, : image.shape[1]], out[:, image.shape[1] :]
+        return attn.to_out[0](image), attn.to_add_out(text)
+
+
+@interpreted
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_stands_in_for_diffusers_processor(backend: str) -> None:
+    """Both outputs, and the gradients of the inputs and of all parameters."""
+    torch.manual_seed(0)
+    attn = Attention(
+        query_dim=32, added_kv_proj_dim=32, dim_head=16, heads=2, context_pre_only=False,
+        qk_norm="rms_norm", eps=1e-6, processor=JointAttnProcessor2_0(),
+    )  # fmt: skip
+    for norm in (attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k):
+        torch.nn.init.uniform_(norm.weight, 0.5, 2)
+    args = [torch.randn(2, 9, 32) * 2, torch.randn(2, 5, 32)]
+    parameters = list(attn.parameters())
+
+    def results() -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in args]
+        out = attn(leaves[0], encoder_hidden_states=leaves[1])
+        grads = torch.autograd.grad(out, [*leaves, *parameters], [x.detach() for x in out])
+        return [*out, *grads]
+
+    wanted = results()
+    attn.set_processor(OnJointQKV(backend))
+    for a, b in zip(results(), wanted, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
 @interpreted
 def test_bad_arguments() -> None:
     qkvs, q, k = split(3, tuple(inputs()))

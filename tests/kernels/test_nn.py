@@ -4,7 +4,7 @@ import copy
 import io
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,12 @@ from torch import Tensor, nn
 from mimkernels.accelerate import Report, accelerate, restore
 from mimkernels.backend import use_backend
 from mimkernels.nn import ChannelAttention, SqueezeExcite, WindowAttention, layers
-from tests.kernels.common import DEVICE, interpreted
+from tests.kernels.common import (
+    DEVICE,
+    GRADIENT_FACTOR,
+    assert_as_exact_as_eager,
+    interpreted,
+)
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-5
@@ -128,29 +133,48 @@ def small_swin(**options: Any) -> Any:
     return randomized(timms().SwinTransformer(**(shape | options)))
 
 
-@pytest.mark.parametrize("grid", [(8, 4), (6, 5)], ids=str)
-def test_window_attention_for_torchvisions(grid: tuple[int, int]) -> None:
-    theirs = randomized(torchvisions().ShiftedWindowAttention(12, [4, 4], [2, 2], 2))
-    ours = WindowAttention(12, 4, 2, 2).to(DEVICE)
+def small_torchvision_swin(depths: Sequence[int]) -> Any:
+    make, heads = torchvisions().SwinTransformer, [2, 4][: len(depths)]
+    model = make([4, 4], 24, depths, heads, [4, 4], stochastic_depth_prob=0.0, num_classes=5)
+    return randomized(model)
+
+
+# Grids that the window divides, that are padded, and with an axis smaller than it; odd shifts.
+CASES = [((8, 4), 2), ((6, 5), 2), ((3, 9), 3), ((7, 2), 1)]
+# The kernels on the others: in the op's own tests.
+WINDOWS = [
+    *((grid, shift, "torch") for grid, shift in CASES),
+    *((grid, shift, "triton") for grid, shift in CASES[2:]),
+]
+
+
+@pytest.mark.parametrize(("grid", "shift", "backend"), WINDOWS, ids=str)
+def test_window_attention_for_torchvisions(grid: tuple[int, int], shift: int, backend: str) -> None:
+    theirs = randomized(torchvisions().ShiftedWindowAttention(12, [4, 4], [shift, shift], 2))
+    ours = WindowAttention(12, 4, shift, 2).to(DEVICE)
     ours.load_state_dict(theirs.state_dict())
     theirs.load_state_dict(ours.state_dict())
     assert torch.equal(ours.relative_position_index, theirs.relative_position_index)
     x = drawn(2, *grid, 12)
-    assert_same(outcome(ours, ours, x), outcome(theirs, theirs, x))
+    wanted = outcome(theirs, theirs, x)
+    with use_backend(backend):
+        assert_same(outcome(ours, ours, x), wanted)
 
 
-@pytest.mark.parametrize("grid", [(8, 4), (6, 5)], ids=str)
-def test_window_attention_for_timms(grid: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("grid", "shift", "backend"), WINDOWS, ids=str)
+def test_window_attention_for_timms(grid: tuple[int, int], shift: int, backend: str) -> None:
     block = timms().SwinTransformerBlock(
-        12, grid, num_heads=2, window_size=4, shift_size=2, always_partition=True
+        12, grid, num_heads=2, window_size=4, shift_size=shift, always_partition=True
     )
     block = randomized(block)
-    ours = WindowAttention(12, 4, 2, 2, convention="timm").to(DEVICE)
+    ours = WindowAttention(12, 4, shift, 2, convention="timm").to(DEVICE)
     ours.load_state_dict(block.attn.state_dict())
     block.attn.load_state_dict(ours.state_dict())
     assert torch.equal(ours.relative_position_index, block.attn.relative_position_index)
     x = drawn(2, *grid, 12)
-    assert_same(outcome(ours, ours, x), outcome(block._attn, block.attn, x))
+    wanted = outcome(block._attn, block.attn, x)
+    with use_backend(backend):
+        assert_same(outcome(ours, ours, x), wanted)
 
 
 def test_window_attention_as_a_layer_of_torchvisions_blocks() -> None:
@@ -170,16 +194,26 @@ def test_window_attention_as_a_layer_of_torchvisions_blocks() -> None:
     assert_same([ours(x)], [theirs(x)])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("bias", [False, True])
-def test_channel_attention(bias: bool, layout: torch.memory_format) -> None:
+@pytest.mark.parametrize(
+    ("bias", "layout", "backend"),
+    [
+        (False, LAYOUTS[0], "torch"),
+        (True, LAYOUTS[0], "torch"),
+        (True, LAYOUTS[1], "torch"),
+        (True, LAYOUTS[1], "triton"),
+    ],
+    ids=str,
+)
+def test_channel_attention(bias: bool, layout: torch.memory_format, backend: str) -> None:
     theirs = randomized(RestormerAttention(12, 2, bias))
     ours = ChannelAttention(12, 2, bias).to(DEVICE)
     ours.load_state_dict(theirs.state_dict())
     theirs.load_state_dict(ours.state_dict())
     x = drawn(2, 12, 5, 7, layout=layout)
-    assert_same(outcome(ours, ours, x), outcome(theirs, theirs, x))
-    assert ours(x).is_contiguous(memory_format=torch.channels_last)
+    wanted = outcome(theirs, theirs, x)
+    with use_backend(backend):
+        assert_same(outcome(ours, ours, x), wanted)
+        assert ours(x).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_channel_attention_calls_a_projection_that_is_not_plain() -> None:
@@ -190,16 +224,19 @@ def test_channel_attention_calls_a_projection_that_is_not_plain() -> None:
     assert_same([ours(x)], [wanted.relu()])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("form", [(nn.ReLU, nn.Sigmoid), (nn.SiLU, nn.Hardsigmoid)])
-def test_squeeze_excite(form: tuple[type, type], layout: torch.memory_format) -> None:
+def test_squeeze_excite(form: tuple[type, type], layout: torch.memory_format, backend: str) -> None:
     theirs = pytest.importorskip("torchvision.ops").SqueezeExcitation(24, 6, *form)
     theirs = randomized(theirs)
     ours = SqueezeExcite(24, 6, *form).to(DEVICE)
     ours.load_state_dict(theirs.state_dict())
     theirs.load_state_dict(ours.state_dict())
     x = drawn(2, 24, 5, 7, layout=layout)
-    assert_same(outcome(ours, ours, x), outcome(theirs, theirs, x))
+    wanted = outcome(theirs, theirs, x)
+    with use_backend(backend):
+        assert_same(outcome(ours, ours, x), wanted)
 
 
 def test_squeeze_excite_under_timms_names() -> None:
@@ -240,15 +277,31 @@ SWIN_T = {
 }
 
 
+def swin_t(case: str) -> Any:
+    if not case.startswith("timm"):
+        return randomized(torchvisions().swin_t()).eval()
+    make = timms().swin_tiny_patch4_window7_224
+    return randomized(make(strict_img_size=False) if "any" in case else make()).eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SWIN_T)
+def test_gradients_of_a_whole_swin_t(case: str) -> None:
+    """Sums over a whole picture and twelve layers are rounded: float64 says who is how far off."""
+    model, x = swin_t(case), drawn(1, 3, *SWIN_T[case])
+    wanted = outcome(model, model, x)
+    double = copy.deepcopy(model).double()
+    oracle = outcome(double, double, x.double())
+    assert len(accelerate(model).replaced) == 12
+    found = outcome(model, model, x)
+    for triple in zip(found, wanted, oracle, strict=True):
+        assert_as_exact_as_eager(*triple, factor=GRADIENT_FACTOR)
+        torch.testing.assert_close(*triple[:2], rtol=TOLERANCE, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("case", SWIN_T)
 def test_a_whole_swin_t(case: str, calls: Counter[str]) -> None:
-    if case.startswith("timm"):
-        make = timms().swin_tiny_patch4_window7_224
-        model = make(strict_img_size=False) if "any" in case else make()
-    else:
-        model = torchvisions().swin_t()
-    model = randomized(model).eval()
-    x = drawn(1, 3, *SWIN_T[case])
+    model, x = swin_t(case), drawn(1, 3, *SWIN_T[case])
     with torch.no_grad():
         wanted = model(x)
         report = accelerate(model)
@@ -268,12 +321,26 @@ def test_gradients_of_an_accelerated_swin(options: dict[str, Any]) -> None:
     assert_same(outcome(model, model, x), wanted)
 
 
+# Of the second size windows divide neither side, and one covers each of the second stage's.
+KERNELS_IN_SWINS = {
+    "timm": (lambda: small_swin(), (32, 32)),
+    "timm, padded": (lambda: small_swin(strict_img_size=False), (20, 12)),
+    "torchvision, padded": (lambda: small_torchvision_swin([2]), (20, 12)),
+    "torchvision, padded, deep": (lambda: small_torchvision_swin([2, 2]), (36, 20)),
+}
+
+
 @interpreted
-def test_kernels_inside_a_swin() -> None:
-    model = small_swin()
-    x = drawn(1, 3, 32, 32)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=pytest.mark.slow) if "deep" in c else c for c in KERNELS_IN_SWINS],
+)
+def test_kernels_inside_a_swin(case: str) -> None:
+    make, size = KERNELS_IN_SWINS[case]
+    model, x = make(), drawn(1, 3, *size)
     wanted = outcome(model, model, x)
-    accelerate(model)
+    report = accelerate(model)
+    assert report.replaced and not report.left
     with use_backend("triton"):
         assert_same(outcome(model, model, x), wanted)
 

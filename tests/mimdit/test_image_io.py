@@ -160,7 +160,13 @@ def test_deep_colour_png_is_exact(tmp_path, channels):
     with Image.open(tmp_path / "a.png") as image:
         image.verify()
     write_picture(tmp_path / "b.tif", rgb, source)
-    assert np.abs(read_picture(tmp_path / "b.tif").rgb - rgb).max() < 0.51 / 255
+    picture = read_picture(tmp_path / "b.tif")
+    assert (picture.bits, picture.icc) == (16, None if channels == 2 else icc)
+    assert picture.exif is not None and b"Maker" in picture.exif
+    np.testing.assert_array_equal(picture.rgb, rgb)
+    assert (picture.alpha is None) == (alpha is None)
+    if alpha is not None and picture.alpha is not None:
+        np.testing.assert_array_equal(picture.alpha, alpha)
 
 
 def broken(tmp_path, kind):
@@ -269,3 +275,168 @@ def test_compare():
     np.testing.assert_array_equal(both[0, :, 0], [0] * 6 + [1] * 2 + [0.5] * 6)
     with pytest.raises(ValueError, match="expected shape"):
         compare(before, after[1:])
+
+
+def ink_profile(lab: tuple[int, int, int]) -> bytes:
+    """A CMYK profile: no ink is white, and full cyan alone has this 8-bit Lab colour."""
+
+    def text(kind: bytes, words: bytes) -> bytes:
+        return kind + bytes(4) + words
+
+    # lut8Type (ICC.1, 10.11): plain curves, two points an axis, the first channel slowest
+    ramp = bytes(range(256))
+    grid = bytearray(bytes((128, 128, 128)) * 16)
+    grid[0:3], grid[24:27] = (255, 128, 128), lab
+    one, nil = (1 << 16).to_bytes(4, "big"), bytes(4)
+    matrix = b"".join((one, nil, nil, nil) * 2) + one
+    lut = text(b"mft1", bytes((4, 3, 2, 0)) + matrix + ramp * 4 + bytes(grid) + ramp * 3)
+    white = b"".join(int(v * 65536).to_bytes(4, "big") for v in (0.9642, 1.0, 0.8249))
+    name = b"ink\0"
+    tags = {
+        b"desc": text(b"desc", len(name).to_bytes(4, "big") + name + bytes(78)),
+        b"cprt": text(b"text", b"none\0"),
+        b"wtpt": text(b"XYZ ", white),
+        b"A2B0": lut,
+    }
+    table, body, place = b"", b"", 128 + 4 + 12 * len(tags)
+    for tag, data in tags.items():
+        data += bytes(-len(data) % 4)
+        table += tag + (place + len(body)).to_bytes(4, "big") + len(data).to_bytes(4, "big")
+        body += data
+    head = bytes(8) + b"\x02\x20\0\0" + b"prtr" + b"CMYK" + b"Lab " + bytes(12) + b"acsp"
+    head = head.ljust(68, b"\0") + white
+    profile = head.ljust(128, b"\0") + len(tags).to_bytes(4, "big") + table + body
+    return len(profile).to_bytes(4, "big") + profile[4:]
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".tif"])
+def test_inks_become_colours_by_their_profile(tmp_path, suffix):
+    inks = np.zeros((16, 32, 4), np.uint8)
+    inks[:, 16:, 0] = 255
+    # L* = 60, a* = 40, b* = 0: a pink that no formula makes of cyan.
+    profile = ink_profile((153, 168, 128))
+    options = {"quality": 100} if suffix == ".jpg" else {}
+    Image.fromarray(inks, "CMYK").save(tmp_path / f"a{suffix}", icc_profile=profile, **options)
+    picture = read_picture(tmp_path / f"a{suffix}")
+    assert picture.notes == ("CMYK was converted to sRGB by its colour profile",)
+    np.testing.assert_allclose(picture.rgb[8, 4], 1, atol=0.02)
+    # CIE formulas by hand: XYZ (D50) of that Lab, Bradford, sRGB.
+    np.testing.assert_allclose(picture.rgb[8, 28], [0.82, 0.45, 0.57], atol=0.03)
+    assert picture.icc is not None and picture.icc[16:20] == b"RGB "
+    write_picture(tmp_path / f"b{suffix}", picture.rgb, picture)
+    assert read_picture(tmp_path / f"b{suffix}").icc == picture.icc
+
+
+def test_inks_without_a_profile(tmp_path):
+    picture = read_picture(save(tmp_path / "a.tif", mode="CMYK"))
+    assert picture.icc is None and "without a colour profile" in picture.notes[0]
+    np.testing.assert_allclose(picture.rgb * 255, COLOUR, atol=1)
+
+
+def test_lab_becomes_srgb(tmp_path):
+    # L* = 60, a* = 40, b* = 0 as bytes, of which TIFF's a* and b* are signed.
+    lab = np.full((4, 5, 3), (153, 40, 0), np.uint8)
+    Image.fromarray(lab, "LAB").save(tmp_path / "a.tif")
+    picture = read_picture(tmp_path / "a.tif")
+    np.testing.assert_allclose(picture.rgb[0, 0], [0.82, 0.45, 0.57], atol=0.03)
+    assert picture.notes == ("Lab was converted to sRGB",)
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp", "a.tif", "a.jpg"])
+def test_of_several_pictures_the_first_with_a_note(tmp_path, name):
+    frames = [Image.new("RGB", (16, 8), colour) for colour in ("red", "green", "blue")]
+    kind = {"format": "MPO"} if name == "a.jpg" else {}
+    frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **kind)
+    picture = read_picture(tmp_path / name)
+    np.testing.assert_allclose(picture.rgb[4, 8], [1, 0, 0], atol=0.02)
+    assert picture.notes == ("holds 3 pictures (frames or pages); only the first is restored",)
+    assert read_picture(save(tmp_path / f"b{name}")).notes == ()
+
+
+XMP = (
+    b'<?xpacket begin="\xef\xbb\xbf" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:'
+    b'meta/"><rdf:RDF><rdf:Description tiff:Orientation="6" dc:title="Br\xc3\xbccke"/></rdf:RDF>'
+    b'</x:xmpmeta><?xpacket end="w"?>'
+)
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif", ".webp"])
+def test_xmp_and_resolution_are_kept(tmp_path, suffix, deep):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif.get_ifd(0x8769).update({0xA002: 48, 0xA003: 32})
+    source = image_io.Picture(
+        SMOOTH / np.float32(255),
+        None,
+        16 if deep else 8,
+        ICC,
+        exif.tobytes(),
+        xmp=XMP,
+        dpi=(300, 150),
+    )
+    first = tmp_path / f"a{suffix}"
+    notes = write_picture(first, source.rgb, source)
+    assert len(notes) == (deep and suffix in (".jpg", ".webp"))
+    # Oriented, so the axes swap.
+    picture = read_picture(first)
+    assert picture.rgb.shape[:2] == SMOOTH.shape[1::-1]
+    # Pillow itself takes it out of a TIFF that it turns.
+    reset = b"" if suffix == ".tif" else b'tiff:Orientation="1"'
+    assert picture.xmp == XMP.replace(b'tiff:Orientation="6"', reset)
+    assert picture.bits == (16 if deep and suffix in (".png", ".tif") else 8)
+    if suffix != ".webp":
+        assert picture.dpi == pytest.approx((150, 300), rel=1e-3)
+    second = tmp_path / f"b{suffix}"
+    assert write_picture(second, picture.rgb, picture) == ()
+    again = read_picture(second)
+    assert (again.xmp, again.icc) == (picture.xmp, ICC)
+    with Image.open(second) as image:
+        image.load()
+        sizes = image.getexif().get_ifd(0x8769)
+        assert (sizes[0xA002], sizes[0xA003]) == image.size == (32, 48)
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+@pytest.mark.parametrize(
+    "exif", [None, b"Exif\0\0II*\0\x08\0\0\0\0\0\0\0\0\0"], ids=["plain", "exif"]
+)
+def test_deep_tiff_is_what_others_read(tmp_path, channels, exif):
+    tifffile = pytest.importorskip("tifffile")
+    values = RNG.integers(0, 65536, (9, 14, channels), dtype=np.uint16)
+    planes = values.astype(np.float32) / 65535
+    alpha = planes[..., 3] if channels == 4 else None
+    source = image_io.Picture(planes[..., :3], alpha, 16, exif=exif)
+    assert write_picture(tmp_path / "a.tif", source.rgb, source) == ()
+    np.testing.assert_array_equal(tifffile.imread(tmp_path / "a.tif"), values)
+
+
+def test_what_a_format_cannot_hold_is_said(tmp_path):
+    source = image_io.Picture(COLOUR / 255, np.ones((9, 14), np.float32), 16, ICC, xmp=XMP)
+    assert write_picture(tmp_path / "a.jpg", source.rgb, source) == (
+        "JPEG holds no transparency",
+        "JPEG holds 8 of 16 bits",
+    )
+    notes = write_picture(tmp_path / "a.bmp", source.rgb, source)
+    assert [note.split(" holds ")[1] for note in notes] == [
+        "no transparency",
+        "8 of 16 bits",
+        "no colour profile",
+        "no XMP",
+    ]
+    long = image_io.Picture(source.rgb, xmp=b"x" * 70000)
+    (note,) = write_picture(tmp_path / "a.jpg", source.rgb, long)
+    assert "does not fit into a JPEG" in note
+    assert write_picture(tmp_path / "a.png", source.rgb, long) == ()
+
+
+def test_pictures_too_long_for_a_format(tmp_path):
+    rgb = np.zeros((3, 16400, 3), np.float32)
+    with pytest.raises(PictureError, match="WEBP holds at most 16383 pixels a side"):
+        write_picture(tmp_path / "a.webp", rgb)
+    for suffix in (".jpg", ".png", ".tif"):
+        assert image_io.check_target(tmp_path / f"a{suffix}", 3, 16400)
+        write_picture(tmp_path / f"a{suffix}", rgb)
+        assert read_picture(tmp_path / f"a{suffix}").rgb.shape == rgb.shape
+    with pytest.raises(PictureError, match="JPEG holds at most 65500"):
+        image_io.check_target(tmp_path / "a.jpg", 70000, 1)

@@ -123,10 +123,113 @@ def test_routing_of_tiles_is_the_pictures(
 def test_conditions_kept_or_computed_anew(
     pipe: MiMDiTPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x = picture(150, 200)
+    x = picture(100, 200)
     kept = pipe(x, generator=seeded(), output_type="np").images
-    monkeypatch.setattr("mimdit.sampling._CONDITION_BYTES", 0)
-    assert np.array_equal(pipe(x, generator=seeded(), output_type="np").images, kept)
+    encode, calls = pipe.transformer.encode_condition, []
+    monkeypatch.setattr(
+        pipe.transformer, "encode_condition", lambda *a: calls.append(a) or encode(*a)
+    )
+    tiles = len(pipe.plan(100, 200).tiling.corners)
+    # All, one and none of the tiles' conditions are kept for the second and third step.
+    one = 2 * 16 * 16 * 64 * 4
+    for room, wanted in ((2**30, tiles), (one, 3 * tiles - 2), (0, 3 * tiles)):
+        monkeypatch.setattr("mimdit.planning._KEPT", room)
+        assert np.array_equal(pipe(x, generator=seeded(), output_type="np").images, kept)
+        assert len(calls) == wanted
+        calls.clear()
+
+
+def test_experts_of_a_tile_or_of_the_picture(pipe: MiMDiTPipeline) -> None:
+    x = np.concatenate([picture(128, 150), np.zeros((128, 150, 3), np.float32)], axis=1)
+    results = {
+        kind: pipe(x, generator=seeded(), routing=kind, output_type="np", tile_batch=2)
+        for kind in ("picture", "tile")
+    }
+    tiles = len(pipe.plan(*x.shape[:2]).tiling.corners)
+    assert tiles == 4
+    inter = results["tile"].routing.inter
+    assert results["picture"].routing.inter.shape == (2, 1, 4)
+    assert inter.shape == (2, tiles, 4)
+    # The first tile sees noise, the last one black.
+    assert (inter[:, 0] - inter[:, -1]).abs().max() > 1e-2
+    assert not np.array_equal(results["picture"].images, results["tile"].images)
+    one = pipe(
+        x[:, :128], generator=seeded(), output_type="np", tile_batch=2, num_inference_steps=1
+    )
+    torch.testing.assert_close(inter[:, :1], one.routing.inter)
+
+
+def test_named_experts_replace_the_routers(pipe: MiMDiTPipeline) -> None:
+    x = picture(64, 64)
+    plain = pipe(x, 1, generator=seeded(), output_type="np")
+    given = {"spatial": 0.5, "se": 0.2}
+    out = pipe(x, 1, generator=seeded(), output_type="np", experts=given)
+    before, after = plain.routing.inter, out.routing.inter
+    torch.testing.assert_close(after[..., 0], torch.full((2, 1), 0.5))
+    torch.testing.assert_close(after[..., 3], torch.full((2, 1), 0.2))
+    torch.testing.assert_close(after.sum(-1), torch.ones(2, 1))
+    torch.testing.assert_close(after[..., 1] / after[..., 2], before[..., 1] / before[..., 2])
+    assert np.abs(out.images - plain.images).max() > 1e-3
+    groups = pipe.transformer.mim.groups
+    own = dict(zip(groups, before[0, 0].tolist(), strict=True))
+    # What the routers chose, named, changes the other block alone.
+    same = pipe(x, 1, generator=seeded(), output_type="np", experts={"spatial": own["spatial"]})
+    torch.testing.assert_close(same.routing.inter[0], before[0])
+
+
+def test_passes_of_a_picture_have_one_shape(
+    pipe: MiMDiTPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, shapes = picture(128, 500), set()
+    alone = pipe(x, 1, generator=seeded(), output_type="np").images
+    predict = pipe.transformer.predict
+
+    def watch(hidden: torch.Tensor, *args: object) -> torch.Tensor:
+        shapes.add(tuple(hidden.shape))
+        return predict(hidden, *args)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(pipe.transformer, "predict", watch)
+    made = pipe.plan(128, 500, tile_batch=5)
+    # Two passes take seven tiles either way; the second is filled up with one.
+    assert (len(made.tiling.corners), made.batch, made.passes) == (7, 4, 2)
+    for batch in (3, 5, 100):
+        out = pipe(x, 1, generator=seeded(), output_type="np", tile_batch=batch).images
+        np.testing.assert_allclose(out, alone, atol=2e-4)
+        assert {shape[0] for shape in shapes} == {{3: 3, 5: 4, 100: 7}[batch]}
+        shapes.clear()
+
+
+def test_a_plan_says_what_will_happen(pipe: MiMDiTPipeline) -> None:
+    made = pipe.plan(3000, 4000)
+    assert made.batch == 1
+    assert made.passes == len(made.tiling.corners) > 1000
+    assert "4000×3000 pixels" in str(made)
+    assert "tiles of 128×128, 1 in a forward pass" in str(made)
+    # A few copies of the picture, and never more for more tiles.
+    assert made.host < 10 * 3000 * 4000 * 12
+    assert pipe.plan(6000, 8000).needed == made.needed
+    with pytest.raises(ValueError, match="height, width, pictures: expected at least 1"):
+        pipe.plan(0, 5)
+
+
+@pytest.mark.parametrize("size", [(1, 700), (500, 2), (3, 3)], ids=str)
+def test_extreme_shapes_on_shifted_grids(pipe: MiMDiTPipeline, size: tuple[int, int]) -> None:
+    out = pipe(picture(*size), 1, 2, generator=seeded(), output_type="np").images
+    assert out.shape == (1, *size, 3)
+    assert np.isfinite(out).all()
+
+
+def test_latents_kept_in_main_memory_change_nothing(
+    pipe: MiMDiTPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where latents are not at home on the model's device, tiles travel."""
+    x = picture(100, 200)
+    kept = pipe(x, 1, generator=seeded(), output_type="np").images
+    monkeypatch.setattr("mimdit.planning.home_of", lambda *_: torch.device("meta"))
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        pipe(x, 1, generator=seeded())
+    monkeypatch.setattr("mimdit.planning.home_of", lambda *_: torch.device("cpu"))
+    assert np.array_equal(pipe(x, 1, generator=seeded(), output_type="np").images, kept)
 
 
 def test_strength_zero_and_callback(pipe: MiMDiTPipeline) -> None:
@@ -167,6 +270,13 @@ def test_color_fix_moves_the_mean_to_the_input(fix: str) -> None:
         ({"tile": 64, "tile_overlap": 64}, "tile_overlap"),
         ({"output_type": "jpg"}, "output_type"),
         ({"shifts": 3}, "shifts: expected one of 1, 2, 4"),
+        ({"tile_batch": -1}, "tile_batch: expected 0"),
+        ({"tile_overlap": -8}, "tile_overlap: expected at least 0"),
+        ({"routing": "row"}, "routing: expected one of picture, tile"),
+        ({"experts": {"swine": 0.5}}, r"experts: .*\(spatial, channel, swin, se\), got 'swine'"),
+        ({"experts": {"swin": 1.5}}, "experts: expected weights from 0 to 1, got 1.5 for swin"),
+        ({"experts": {"swin": float("nan")}}, "experts: expected weights from 0 to 1"),
+        ({"experts": {"swin": 0.7, "se": 0.7}}, "experts: .* at most 1 together, got 1.4"),
     ],
 )
 def test_bad_arguments(pipe: MiMDiTPipeline, options: dict, message: str) -> None:

@@ -3,7 +3,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from mimdit.tiling import plan_tiles, reflect_pad
+from mimdit.tiling import gaussian_window, plan_tiles, reflect_pad
 
 
 @pytest.mark.parametrize("plane", [(64, 64), (66, 200), (130, 34), (500, 64)])
@@ -39,3 +39,32 @@ def test_reflection_like_numpy_and_beyond() -> None:
     assert torch.equal(reflect_pad(x, 5, 7), expected)
     assert reflect_pad(x, 3, 11)[0, 0, 0].tolist() == [0, 1, 2, 3, 2, 1, 0, 1, 2, 3, 2]
     assert torch.equal(reflect_pad(x[..., :1, :1], 4, 5), torch.zeros(1, 1, 4, 5))
+
+
+def test_a_band_of_tiles_blends_like_the_whole_plane() -> None:
+    tiling = plan_tiles((130, 90), 32, 12, 2)
+    x = torch.randn(2, 3, 130, 90)
+    runs = {i: torch.randn(2, 3, 32, 32) for i in range(len(tiling.corners))}
+    out = tiling.blend(lambda t: torch.cat([runs[i] for i in range(t.start, t.stop)]), x, 4)
+    total, mass = torch.zeros_like(x), torch.zeros_like(x[:1, :1])
+    window = gaussian_window(tiling.size)
+    for i, (y, left) in enumerate(tiling.corners):
+        total[..., y : y + 32, left : left + 32] += window * runs[i]
+        mass[..., y : y + 32, left : left + 32] += window
+    assert torch.equal(out, total / mass)
+
+
+def test_scaled_tiles_and_even_batches() -> None:
+    tiling = plan_tiles((20, 64), 16, 4, 2)
+    fine = tiling.scaled(8)
+    assert fine.plane == (160, 512) and fine.size == (128, 128)
+    assert fine.corners == tuple((8 * y, 8 * x) for y, x in tiling.corners)
+    assert len(tiling.corners) == 10
+    assert [tiling.even(n) for n in (1, 3, 4, 6, 9, 10, 50)] == [1, 3, 4, 5, 5, 10, 10]
+
+
+def test_reflection_above_and_before() -> None:
+    x = torch.arange(12.0).view(1, 1, 3, 4)
+    expected = torch.nn.functional.pad(x, (2, 1, 1, 2), mode="reflect")
+    assert torch.equal(reflect_pad(x, 6, 7, top=1, left=2), expected)
+    assert reflect_pad(x, 3, 4) is x
