@@ -25,6 +25,7 @@ from mimdit.metrics import OFFLINE, scorer
 from mimdit.pipeline import MiMDiTPipeline
 from training.data import held_out
 from training.degrade import degrade
+from training.validation import centre_square
 
 # Kinds and pinned parameters; what is not pinned is drawn anew for each picture and seed.
 DAMAGES: dict[str, tuple[tuple[str, ...], dict[str, dict[str, Any]]]] = {
@@ -41,14 +42,7 @@ Row = dict[str, Any]
 
 def pictures(size: int) -> dict[str, np.ndarray]:
     """Central squares of the held-out photographs, float32 [size,size,3] in [0,1]."""
-    found = {}
-    for name, array in held_out().items():
-        side = min(array.shape[:2])
-        top, left = ((n - side) // 2 for n in array.shape[:2])
-        square = Image.fromarray(array[top : top + side, left : left + side])
-        small = square.resize((size, size), Image.Resampling.LANCZOS)
-        found[name] = np.asarray(small, dtype=np.float32) / 255
-    return found
+    return {name: centre_square(array / 255, size) for name, array in held_out().items()}
 
 
 def damaged(damage: str, clean: np.ndarray, seed: int) -> np.ndarray:

@@ -143,6 +143,10 @@ class MiM(nn.Module):
         tiles average to the picture's."""
         return torch.cat([self._moments(self.project(z, i)[1]) for i in self.chunks(z)])
 
+    def means(self, pooled: Tensor) -> Tensor:
+        """Of what `pool` or a `Routing` gives, the part [L,B,d] that comes from the mean tokens."""
+        return pooled[..., : self.running_mean.shape[1]]
+
     def chunks(self, z: Tensor) -> list[slice]:
         """Slices of the layers, each as long as memory for z [B,T,D] allows."""
         size = self.together(z.shape[0] * z.shape[1])
@@ -168,7 +172,7 @@ class MiM(nn.Module):
         if routing is None:
             moments = self._moments(u)
             if self.training:
-                self._track(moments[..., : u.shape[-1]].mean(1), layers)
+                self.track(self.means(moments).mean(1), layers)
             chosen = self._route(moments, layers)
         else:
             chosen = routing.at(layers)
@@ -202,8 +206,7 @@ class MiM(nn.Module):
 
     def _route(self, moments: Tensor, layers: slice) -> Routing:
         """By the mean tokens, the first d of moments [l,B,d or 2d], less the running means."""
-        dim = self.running_mean.shape[1]
-        mean = moments[..., :dim]
+        mean = self.means(moments)
         weight = torch.cat(
             [self.inter_router[layers], self.intra_router[layers].flatten(1, 2)], dim=1
         )
@@ -226,11 +229,13 @@ class MiM(nn.Module):
             intra = torch.full_like(intra, 1 / self.experts)
         pooled = mean - self.running_mean[layers].unsqueeze(1)
         if self.squares:
-            pooled = torch.cat([pooled, 0.5 * (moments[..., dim:] + 1e-4).log()], dim=-1)
+            pooled = torch.cat(
+                [pooled, 0.5 * (moments[..., mean.shape[-1] :] + 1e-4).log()], dim=-1
+            )
         return Routing(inter, intra, index.long(), pooled)
 
     @torch.no_grad()
-    def _track(self, mean: Tensor, layers: slice, momentum: float = 0.01) -> None:
+    def track(self, mean: Tensor, layers: slice, momentum: float = 0.01) -> None:
         """Follow the batch's mean [l,d]: a plain average at first, then an exponential one."""
         self.running_steps[layers] += 1
         rate = torch.clamp(1 / self.running_steps[layers], min=momentum).unsqueeze(1)

@@ -1,0 +1,102 @@
+"""One training step: the losses, and the module whose forward pass gives them."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from mimdit import flow
+from mimdit.mim import Routing
+from mimdit.transformer import MiMDiTTransformer2DModel
+
+# An error that is hardly worth reducing: about 41 dB.
+_NEGLIGIBLE = 2e-3
+
+
+def flow_loss(
+    model: MiMDiTTransformer2DModel, x0: Tensor, z_lq: Tensor, t: Tensor, noise: Tensor
+) -> tuple[Tensor, Routing]:
+    """Velocity error, and the routing taken; x0, z_lq, noise [B,c,h,w], t [B].
+
+    The error's weighted mean; for models that predict from the damaged latents the mean of its
+    logarithm, which is the mean PSNR of what they predict: darkness and haze, with errors that are
+    larger by far and can never be small, then do not drown noise and rain.
+    """
+    x_t = flow.interpolate(x0, noise, t)
+    condition = model.encode_condition(z_lq)
+    v = model(x_t, 1000 * t, condition).sample
+    wide = torch.promote_types(v.dtype, torch.float32)
+    error = (v.to(wide) - (noise - x0)).square().mean(dim=(1, 2, 3))
+    kind = model.config["prediction_type"]
+    error = flow.loss_weight(kind, t, model.config["damage_std"]) * error
+    if flow.reads_damage(kind):
+        error = (error + _NEGLIGIBLE).log()
+    return error.mean(), condition.routing
+
+
+def picks_of(routing: Routing, experts: int) -> Tensor:
+    """How often each sub-expert was chosen, [L,B,G,E]."""
+    return torch.nn.functional.one_hot(routing.index, experts).sum(-2)
+
+
+def balance_loss(
+    model: MiMDiTTransformer2DModel,
+    pooled: Tensor,
+    picks: Tensor,
+    over_all: Callable[[Tensor], Tensor] = lambda share: share,
+) -> Tensor:
+    """Switch Transformer's load balance (arXiv 2101.03961, Eq. 4) over all routers; 1 is even.
+
+    pooled: of a `Routing`. picks [L,B,G,E]. over_all: their mean over all processes.
+    """
+    mim = model.mim
+    p = torch.einsum("lbd,lged->lbge", mim.means(pooled), mim.intra_router)
+    share = over_all(picks.to(p.dtype).mean(1) / mim.top_k)
+    return mim.experts * (p.softmax(-1).mean(1) * share).sum(-1).mean()
+
+
+class FlowStep(nn.Module):
+    """The loss of a batch of latents as one forward pass, to be wrapped for many processes.
+
+    balance: weight of `balance_loss`. bf16: autocast. over_all: see `balance_loss`.
+    """
+
+    def __init__(
+        self,
+        model: MiMDiTTransformer2DModel,
+        balance: float,
+        bf16: bool,
+        over_all: Callable[[Tensor], Tensor],
+    ) -> None:
+        super().__init__()
+        self.model, self.balance, self.bf16 = model, balance, bf16
+        self.over_all = over_all
+
+    def train(self, mode: bool = True) -> "FlowStep":
+        super().train(mode)
+        # In training mode MiM follows the mean of every pass of its own process; `follow_mean_`
+        # does so once a step, by the pictures of all of them.
+        self.model.mim.eval()
+        return self
+
+    def forward(
+        self, x0: Tensor, z_lq: Tensor, t: Tensor, noise: Tensor, top: int, left: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Loss, inter weights [L,B,G], picks [L,B,G,E], and the centred mean tokens [L,d]."""
+        with (
+            self.model.position_offset(top, left),
+            torch.autocast(x0.device.type, torch.bfloat16, enabled=self.bf16),
+        ):
+            loss, routing = flow_loss(self.model, x0, z_lq, t, noise)
+            picks = picks_of(routing, self.model.mim.experts)
+            if self.balance:
+                balance = balance_loss(self.model, routing.pooled, picks, self.over_all)
+                loss = loss + self.balance * balance
+        centred = self.model.mim.means(routing.pooled.detach()).mean(1)
+        return loss, routing.inter.detach(), picks, centred
+
+
+def follow_mean_(model: MiMDiTTransformer2DModel, centred: Tensor) -> None:
+    """Let the routers' running means follow a step's centred mean tokens [L,d]."""
+    mim = model.mim
+    mim.track(mim.running_mean + centred, slice(None))
