@@ -105,6 +105,7 @@ METHODS: dict[str, dict[str, Method]] = {
     "blur": _DEBLUR,
     "low_light+noise": _BRIGHTEN,
     "rain+haze": _DEHAZE | _DERAIN,
+    "clean": {"nothing": lambda image: image},
 }
 
 

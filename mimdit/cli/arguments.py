@@ -2,16 +2,19 @@
 
 import argparse
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 from mimdit import __version__
+from mimdit.cli.places import is_url
 
 _EPILOG = """examples:
   mimdit-restore -i photo.jpg -o restored.png
   mimdit-restore -i photos/ -o restored/ --compare --report
   mimdit-restore -i "photos/*.png" -o restored/ -t 512 --device cuda --precision bf16 --resume
+  mimdit-restore -i s3://bucket/photos -o s3://bucket/restored --ray
 
 exit code: 0 all pictures restored, 1 some failed (listed at the end), 2 wrong arguments
 """
@@ -37,15 +40,16 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="files, folders (without subfolders) or quoted globs",
+        help="files, folders (with subfolders), quoted globs, or URLs that fsspec opens",
     )
     add(
         "-o",
         "--output",
-        type=Path,
-        default=Path("restored"),
+        type=output,
+        default="restored",
         metavar="PATH",
-        help="folder, or a file name when there is one picture (default: restored)",
+        help="folder, or a file name when there is one picture; subfolders are mirrored "
+        "(default: restored)",
     )
     add(
         "--suffix",
@@ -60,14 +64,25 @@ def build_parser() -> argparse.ArgumentParser:
         default="auto",
         help="type of the output; auto: that of the input",
     )
-    add("--report", action="store_true", help="write NAME.json with the experts that were chosen")
-    add("--compare", action="store_true", help="write NAME_compare.png, before and after")
+    add(
+        "--report",
+        action="store_true",
+        help="write which experts were chosen: NAME.json, and NAME_experts.png to look at",
+    )
+    add(
+        "--compare",
+        action="store_true",
+        help="write before and after: NAME_compare.html with a slider, NAME_compare.png side by "
+        "side, and for several pictures a list of all, compare.html",
+    )
     existing = files.add_mutually_exclusive_group()
-    existing.add_argument("--resume", action="store_true", help="skip pictures already restored")
+    existing.add_argument(
+        "--resume", action="store_true", help="write only what is not there yet, keep the rest"
+    )
     existing.add_argument(
         "--overwrite",
         action="store_true",
-        help="allow a picture to replace its own input; other outputs are always replaced",
+        help="replace files that exist, a picture's own input too",
     )
 
     add = parser.add_argument_group("restoration").add_argument
@@ -117,6 +132,18 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="start of the noise, the same for every picture (default: 0)",
     )
+    add(
+        "--experts",
+        type=experts,
+        metavar="GROUP=WEIGHT,…",
+        help="weights of expert groups instead of the router's, such as spatial=0.5,channel=0.2; "
+        "the others share the rest",
+    )
+    add(
+        "--routing",
+        choices=("picture", "tile"),
+        help="what experts are chosen for: the whole picture, or each tile (default: picture)",
+    )
 
     add = parser.add_argument_group("device and memory").add_argument
     add(
@@ -149,9 +176,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--batch-size",
         type=number(int, 1),
-        default=1,
         metavar="N",
-        help="tiles in one forward pass (default: 1)",
+        help="tiles in one forward pass (default: what free memory holds)",
     )
     add(
         "--engine",
@@ -164,6 +190,24 @@ def build_parser() -> argparse.ArgumentParser:
         dest="accelerate",
         action="store_false",
         help="run the plain reference model; results agree up to rounding",
+    )
+
+    add = parser.add_argument_group(
+        "several GPUs or hosts (pip install 'mimdit[ray]')"
+    ).add_argument
+    add(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="restore on a Ray cluster, such as host:6379 or auto; without an address on the one "
+        "that runs here, or on this machine",
+    )
+    add(
+        "--ray-workers",
+        type=number(int, 1),
+        metavar="N",
+        help="models at work at once (default: one for each GPU, or else each host)",
     )
     return parser
 
@@ -191,6 +235,28 @@ def device(text: str) -> str:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"expected auto, cuda, cuda:N, cpu or mps, got {text!r}")
     return text
+
+
+def experts(text: str) -> dict[str, float]:
+    """An argparse type: GROUP=WEIGHT pairs with commas between; weights from 0 to 1."""
+    wanted = "GROUP=WEIGHT with weights from 0 to 1, such as spatial=0.5,channel=0.2"
+    weights: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, value = (piece.strip() for piece in part.partition("="))
+        try:
+            weights[name] = number(float, 0, 1)(value)
+        except argparse.ArgumentTypeError:
+            name = ""
+        if not name:
+            raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}")
+    if len(weights) < text.count(",") + 1:
+        raise argparse.ArgumentTypeError(f"expected each group once, got {text!r}")
+    return weights
+
+
+def output(text: str) -> str:
+    """An argparse type: a path or URL without what does not change it, such as a last slash."""
+    return text.rstrip("/") if is_url(text) else os.path.normpath(text)
 
 
 def suffix(text: str) -> str:

@@ -10,6 +10,13 @@ from PIL import Image
 
 from mimdit.cli.restore import main
 
+# Two blocks, one picture, two groups, one of three sub-experts: [L,B,G], [L,B,G,k].
+ROUTING = {
+    "inter": [[[0.25, 0.75]], [[0.5, 0.5]]],
+    "intra": [[[[1.0], [0.5]]], [[[1.0], [0.25]]]],
+    "index": [[[[0], [2]]], [[[1], [2]]]],
+}
+
 
 class FakePipeline:
     """Inverts the picture; `calls` holds the options of each call."""
@@ -29,7 +36,7 @@ class FakePipeline:
         if image.shape[:2] == (13, 13):
             raise RuntimeError("unlucky size\nwith details")
         result = np.full_like(image, np.nan) if image.shape[:2] == (17, 17) else 1 - image
-        routing = SimpleNamespace(as_dict=lambda: {"inter": [[0.25, 0.75]]})
+        routing = SimpleNamespace(as_dict=lambda: ROUTING)
         return SimpleNamespace(images=result[None], routing=routing)
 
 
@@ -91,7 +98,7 @@ def test_every_picture_starts_from_the_same_seed(pipe, folder):
     for name in ("a.png", "b.png"):
         picture(folder / name)
     assert main(["-i", "in", "--seed", "3"]) == 0
-    assert main(["-i", "in", "--seed", "4"]) == 0
+    assert main(["-i", "in", "--seed", "4", "--overwrite"]) == 0
     noises = [call["noise"] for call in pipe.calls]
     assert noises[0] == noises[1] != noises[2] == noises[3]
 
@@ -130,7 +137,9 @@ def test_one_file_to_a_named_file(pipe, folder, capsys):
     assert sorted(p.name for p in (folder.parent / "new").iterdir()) == [
         "b.jpg",
         "b.json",
+        "b_compare.html",
         "b_compare.png",
+        "b_experts.png",
     ]
     assert capsys.readouterr().out.startswith("restored 1 picture into new/b.jpg in ")
 
@@ -139,10 +148,18 @@ def test_report_and_comparison(pipe, folder):
     picture(folder / "a.png")
     assert main(["-i", "in/a.png", "-o", "out", "--report", "--compare", "--suffix", "_x"]) == 0
     report = json.loads((folder.parent / "out/a_x.json").read_text())
-    assert report["routing"] == {"inter": [[0.25, 0.75]]}
+    assert report["routing"] == ROUTING
     assert (report["width"], report["height"], report["seed"]) == (6, 5, 0)
+    assert report["inter_mean"] == {"group 1": 0.375, "group 2": 0.625}
+    assert report["picks"] == {"group 1": [1, 1, 0], "group 2": [0, 0, 2]}
     with Image.open("out/a_x_compare.png") as image:
         assert image.size == (14, 5)
+    with Image.open("out/a_x_experts.png") as image:
+        assert image.width > 500
+    page = (folder.parent / "out/a_x_compare.html").read_text()
+    # Before, after, the small picture and the experts; no list for one picture.
+    assert page.count("data:image/") == 4 and "compare.html" not in page
+    assert not (folder.parent / "out/compare.html").exists()
 
 
 def test_globs_and_several_inputs(pipe, folder):
@@ -168,8 +185,8 @@ def test_name_clash_is_reported_for_the_later_one(pipe, folder, capsys):
     assert main(["-i", "in", "-o", "out", "--ext", "png"]) == 1
     assert "in/a.png: would write the same files as in/a.jpg" in capsys.readouterr().err
     assert pixel("out/a.png") == [215] * 3
-    assert main(["-i", "in", "-o", "out"]) == 0
-    assert main(["-i", "in", "-o", "out", "--report"]) == 1
+    assert main(["-i", "in", "-o", "jpg"]) == 0
+    assert main(["-i", "in", "-o", "reports", "--report"]) == 1
 
 
 def test_inputs_are_only_replaced_on_demand(pipe, folder, capsys):
@@ -191,23 +208,49 @@ def test_another_input_is_never_replaced(pipe, folder, capsys):
     assert pixel("in/a_x_x.png") == [165] * 3
 
 
-def test_running_twice_and_resume(pipe, folder, capsys):
+def test_what_exists_stays_unless_told_otherwise(pipe, folder, capsys):
     for name in ("a.png", "b.png"):
         picture(folder / name)
     command = ["-i", "in", "-o", "out"]
-    assert main(command) == main(command) == 0
-    assert len(pipe.calls) == 4
+    assert main(command) == 0
+    there = picture(folder.parent / "out/a.png", value=7).read_bytes()
     (folder.parent / "out/b.png").unlink()
+    assert main(command) == 1
+    assert "in/a.png: out/a.png exists; use --resume to keep it" in capsys.readouterr().err
+    assert (folder.parent / "out/a.png").read_bytes() == there
+    assert pixel("out/b.png") == [215] * 3 and len(pipe.calls) == 3
+    assert main([*command, "--overwrite"]) == 0
+    assert pixel("out/a.png") == [215] * 3
+
+
+def test_resume_writes_what_is_missing(pipe, folder, capsys):
+    for name in ("a.png", "b.png"):
+        picture(folder / name)
+    command = ["-i", "in", "-o", "out"]
+    assert main(command) == 0
+    (folder.parent / "out/b.png").unlink()
+    picture(folder.parent / "out/a.png", value=7)
     capsys.readouterr()
     assert main([*command, "--resume"]) == 0
-    assert len(pipe.calls) == 5
     assert "restored 1 picture into out" in (out := capsys.readouterr().out)
-    assert "1 already there" in out
+    assert "1 already there" in out and len(pipe.calls) == 3
     loads = len(pipe.loads)
     assert main([*command, "--resume"]) == 0
     assert len(pipe.loads) == loads
+    # Reports are added without a change of the pictures.
     assert main([*command, "--resume", "--report"]) == 0
-    assert len(pipe.calls) == 7
+    assert len(pipe.calls) == 5 and pixel("out/a.png") == [7] * 3
+    assert (folder.parent / "out/a.json").exists()
+
+
+def test_resume_beside_the_inputs_restores_no_result_again(pipe, folder):
+    picture(folder / "a.png")
+    command = ["-i", "in", "-o", "in", "--suffix", "_x"]
+    assert main(command) == 0
+    picture(folder / "b.png")
+    assert main([*command, "--resume"]) == 0
+    names = sorted(p.name for p in folder.iterdir())
+    assert names == ["a.png", "a_x.png", "b.png", "b_x.png"]
 
 
 @pytest.mark.parametrize("name", ["none.png", "none/*.png", "."])
@@ -293,6 +336,12 @@ def test_interrupt(folder, pipe, monkeypatch, capsys):
         "-o out.png",
         "-o out.gif",
         "--unknown",
+        "--experts spatial",
+        "--experts spatial=2",
+        "--experts =0.5",
+        "--experts se=0.1,se=0.2",
+        "--experts se=0.1 --engine x",
+        "--ray-workers 2",
     ],
 )
 def test_wrong_arguments_exit_with_2(folder, capsys, flags):
@@ -329,9 +378,9 @@ def test_the_engine_runs_unless_declined(pipe, folder, flags):
 def test_an_exported_folder_takes_the_place_of_the_model(pipe, folder, monkeypatch):
     seen = []
     entry = SimpleNamespace(load=lambda: lambda path, device: seen.append((path, device)) or pipe)
-    monkeypatch.setattr("mimdit.cli.restore.entry_points", lambda **_: [entry])
+    monkeypatch.setattr("mimdit.cli.model.entry_points", lambda **_: [entry])
     command = ["-i", str(picture(folder / "a.png")), "-o", "out", "--engine", "exported"]
     assert main(command) == 0
     assert [str(path) for path, _ in seen] == ["exported"] and not pipe.loads
-    monkeypatch.setattr("mimdit.cli.restore.entry_points", lambda **_: [])
+    monkeypatch.setattr("mimdit.cli.model.entry_points", lambda **_: [])
     assert main([*command, "--overwrite"]) != 0

@@ -1,0 +1,134 @@
+"""A cluster of two workers, of which one is killed while it restores."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mimdit.cli.arguments import build_parser
+from mimdit.cli.jobs import Job
+from mimdit.cli.ray_run import Attempts, Worker
+from mimdit.cli.restore import main
+from mimdit.cli.work import Outcome
+
+COUNT = 12
+
+
+def pictures(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(COUNT):
+        path = folder / f"{i % 3}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (150, 160, 3), np.uint8)).save(path)
+    (folder / "broken.png").write_text("text")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def workers(mark: str) -> list[int]:
+    """Processes of Ray that hold a model, of the cluster that was started with this mark."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            named = b"ray::MapWorker" in (entry / "cmdline").read_bytes()
+            if named and mark.encode() in (entry / "environ").read_bytes():
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
+def test_a_killed_worker_loses_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("ray.data", reason="needs Ray Data: pip install 'mimdit[ray]'")
+    pictures(tmp_path / "in")
+    # Ray makes workers give way to everything else, which takes long on a busy machine.
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
+    env["MARK"] = uuid.uuid4().hex
+    command = [sys.executable, "-m", "mimdit.cli.restore", "-i", "in", "--device", "cpu"]
+    command += ["--steps", "3", "--seed", "5"]
+    root = str(Path(__file__).parents[2])
+    env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
+
+    options = {"cwd": tmp_path, "env": env, "text": True}
+    assert subprocess.run([*command, "-o", "alone"], capture_output=True, **options).returncode == 1
+    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    found: list[int] = []
+    killed = None
+    command += ["-o", "many", "--ray", "local", "--ray-workers", "2"]
+    with subprocess.Popen(command, **options) as run:
+        while run.poll() is None:
+            found = found if len(found) == 2 else workers(env["MARK"])
+            done = len(list(tmp_path.glob("many/*/*.png")))
+            if killed is None and len(found) == 2 and done >= 3:
+                killed = found[0]
+                os.kill(killed, signal.SIGKILL)
+                # In the middle: more was left than the other worker had begun.
+                assert done < COUNT - 2
+            time.sleep(0.2)
+        out, err = run.communicate()
+    assert killed is not None, err
+    assert run.returncode == 1 and f"restored {COUNT} pictures into many" in out, err
+    assert err.splitlines()[-1].startswith("in/broken.png: not a picture"), err
+    assert files(tmp_path / "many") == files(tmp_path / "alone")
+    assert len(files(tmp_path / "many")) == COUNT
+
+
+def test_without_ray_one_sentence_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    pictures(tmp_path)
+    assert main(["-i", str(tmp_path), "-o", str(tmp_path / "out"), "--ray"]) == 1
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and "pip install 'mimdit[ray]'" in err
+
+
+def test_what_only_one_process_sees_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures(tmp_path)
+    assert main(["-i", str(tmp_path), "-o", "memory://out", "--ray"]) == 1
+    assert "other processes cannot see it" in capsys.readouterr().err
+
+
+def test_workers_say_in_words_why_they_give_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = SimpleNamespace(get=lambda value: value)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.chdir(tmp_path)
+    counter = Attempts()
+    begin = SimpleNamespace(remote=lambda number: counter.begin(int(number)))
+    args = build_parser().parse_args(["-i", "in", "-o", "out", "--model", "nosuch"])
+
+    def result(worker: Worker) -> Outcome | str:
+        batch = {"number": [3], "job": [pickle.dumps(Job("in/a.png", "out/a.png"))]}
+        return pickle.loads(worker(batch)["result"][0])
+
+    attempts = SimpleNamespace(begin=begin)
+    elsewhere = Worker(args, str(tmp_path / "nowhere"), attempts)
+    assert "use a shared one" in str(result(elsewhere)) and not counter.count
+    here = Worker(args, str(tmp_path), attempts)
+    for _ in range(5):
+        found = result(here)
+        assert isinstance(found, Outcome) and "in/a.png: no such file" in str(found.failure)
+    found = result(here)
+    assert isinstance(found, Outcome) and "5 workers died of it" in str(found.failure)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    counter.count.clear()
+    job = pickle.dumps(Job("a.png", "out/a.png"))
+    stop = pickle.loads(here({"number": [3], "job": [job]})["result"][0])
+    assert isinstance(stop, str) and "cannot load the model 'nosuch'" in stop
