@@ -75,8 +75,8 @@ class WithoutBuffers(Block):
         ]
         streams = [self.image_qkv(image), self.text_qkv(text)]
         q, *own = joint_qkv(streams, *weights, heads=attn.heads)
-        kv = [torch.cat([x, y[:, :, start:]], 2) for x, y in zip(own, joint[1:], strict=True)]
-        out = F.scaled_dot_product_attention(q, *kv).transpose(1, 2).flatten(2)
+        k, v = (torch.cat([x, y[:, :, start:]], 2) for x, y in zip(own, joint[1:], strict=True))
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         words = None if self.text_out is None else self.text_out(out[:, tokens:])
         return self.image_out(out[:, :tokens]), words
 

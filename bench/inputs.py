@@ -1,6 +1,7 @@
 """Models and pictures to measure with."""
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -71,7 +72,7 @@ def load(name: str, device: str, precision: str) -> MiMDiTPipeline:
         with torch.device(device):
             model = build(name, dtype).randomize_(0)
             pixels = model.config["in_channels"] == 48
-            vae = None if pixels else AutoencoderKL(**_SD35_VAE).to(dtype)
+            vae = None if pixels else cast(Any, AutoencoderKL(**_SD35_VAE)).to(dtype)
         pipe = assemble(model)
         if vae is not None:
             pipe = MiMDiTPipeline(model, vae, FlowMatchEulerDiscreteScheduler())

@@ -145,7 +145,9 @@ def table(model: MiMDiTTransformer2DModel, name: str, sizes: Sequence[int], step
 
 def main(argv: Sequence[str] | None = None) -> int:
     sd35 = [name for name in PRESETS if name.startswith("sd35")]
-    p = argparse.ArgumentParser(prog="python -m bench.predict", description=__doc__.split("\n")[0])
+    p = argparse.ArgumentParser(
+        prog="python -m bench.predict", description=(__doc__ or "").split("\n")[0]
+    )
     p.add_argument("--model", default="sd35-medium", choices=sd35)
     p.add_argument("--sizes", type=int, nargs="+", default=[512, 1024], help="multiples of 16")
     p.add_argument("--steps", type=int, default=40)

@@ -203,7 +203,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _held_out(args: argparse.Namespace, pipe: MiMDiTPipeline) -> int:
     """Measure and print as parsed."""
     size, seeds = args.size or 384, args.seeds or 3
-    steps, damages = args.steps or [1, 8, 40], args.damages or [name for name in DAMAGES if name != "clean"]
+    steps, damages = (
+        args.steps or [1, 8, 40],
+        args.damages or [name for name in DAMAGES if name != "clean"],
+    )
     score = scorer(OFFLINE if args.metrics is None else args.metrics, args.device)
     for name, reason in score.missing.items():  # pyright: ignore[reportFunctionMemberAccess]
         print(f"note: without {name}: {reason}", file=sys.stderr)

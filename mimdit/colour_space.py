@@ -6,7 +6,6 @@ from PIL import Image
 
 # Pillow's own types that need a profile to become RGB.
 SPACES = ("CMYK", "LAB")
-_RELATIVE, _BLACK_POINT = 1, 0x2000
 
 
 def to_srgb(image: Image.Image, icc: bytes | None) -> tuple[Image.Image, bytes | None, str]:
@@ -26,7 +25,14 @@ def to_srgb(image: Image.Image, icc: bytes | None) -> tuple[Image.Image, bytes |
             own = ImageCms.ImageCmsProfile(io.BytesIO(icc))
         else:
             raise ValueError("no profile")
-        turned = ImageCms.profileToProfile(image, own, srgb, _RELATIVE, "RGB", flags=_BLACK_POINT)
+        turned = ImageCms.profileToProfile(
+            image,
+            own,
+            srgb,
+            ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            "RGB",
+            flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )
         assert turned is not None
         how = "" if image.mode == "LAB" else " by its colour profile"
         return turned, srgb.tobytes(), f"{name} was converted to sRGB{how}"

@@ -56,7 +56,7 @@ def read_metadata(image: ImageFile.ImageFile, opened: Opened) -> Metadata:
     xmp = _XMP_ORIENTATION.sub(rb"\g<1>1", xmp) if isinstance(xmp, bytes) and xmp else None
     dpi = _resolution(image.info.get("dpi"))
     if dpi is not None and (opened.swaps or orientation >= _SWAPPED):
-        dpi = dpi[::-1]
+        dpi = dpi[1], dpi[0]
     return Metadata(exif, xmp, dpi, orientation, opened.frames)
 
 

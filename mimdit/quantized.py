@@ -80,7 +80,7 @@ class QuantizedLinear:
     def __init__(self, layers: Sequence[nn.Module], dtype: torch.dtype) -> None:
         plain = [cast(nn.Linear, layer) for layer in layers]
         with torch.no_grad():
-            rows = torch.cat([layer.weight for layer in plain])
+            rows = torch.cat(tuple(layer.weight for layer in plain))
             self.weight, self.scale = quantize_rows(rows, dtype)
             biases = [layer.bias for layer in plain if layer.bias is not None]
             self.bias = torch.cat(biases).detach() if len(biases) == len(plain) else None

@@ -89,34 +89,6 @@ class _Band:
         return mean
 
 
-class _Band:
-    """Weighted sums of the tiles of one row, as high as a tile and as wide as the plane."""
-
-    def __init__(self, tiling: Tiling, like: Tensor) -> None:
-        self.width, self.shape = tiling.plane[1], (*like.shape[:2], tiling.size[0])
-        self.window = gaussian_window(tiling.size).to(like.dtype)
-        self.total = self.mass = torch.empty(0)
-
-    def add(self, part: Tensor, left: int) -> None:
-        """A tile [B,c,h,w] at the band's top."""
-        if self.total.numel() == 0:
-            self.window = self.window.to(part.device)
-            self.total = part.new_zeros(*self.shape, self.width)
-            self.mass = part.new_zeros(1, 1, self.shape[2], self.width)
-        columns = slice(left, left + part.shape[-1])
-        self.total[..., columns] += self.window * part
-        self.mass[..., columns] += self.window
-
-    def take(self, rows: int) -> Tensor:
-        """Means of the first rows, which leave the band."""
-        mean = self.total[..., :rows, :] / self.mass[..., :rows, :]
-        self.total, self.mass = (
-            torch.cat([x[..., rows:, :], torch.zeros_like(x[..., :rows, :])], dim=-2)
-            for x in (self.total, self.mass)
-        )
-        return mean
-
-
 def plan_tiles(plane: tuple[int, int], tile: int, overlap: int, multiple: int) -> Tiling:
     """Evenly spread tiles of at most `tile`, overlapping by at least `overlap`, on a grid.
 

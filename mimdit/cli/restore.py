@@ -38,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sources, failures = collect(args.input, args.output)
         named, kind = names_file(args), ending(args.output).lower()
         if named and kind not in WRITE_FORMATS:
-            parser.error(f"-o {args.output}: {kind} cannot be written; use .png, .jpg, .webp or .tif")
+            parser.error(
+                f"-o {args.output}: {kind} cannot be written; use .png, .jpg, .webp or .tif"
+            )
         if named and len(sources) > 1:
             parser.error(f"-o {args.output} names one file, but there are {len(sources)} pictures")
         if named and (args.suffix or args.ext != "auto"):

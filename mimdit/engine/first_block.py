@@ -40,16 +40,17 @@ class Parts:
         """Output tokens of image tokens x [B,N,D], modulation [B,total] and text [B,T,D]."""
         opened, words = self.head(x, flat, text)
         first = opened - x
-        if kept.first is None or kept.rest is None or self._changed(first, kept.first):
+        if kept.first is None or kept.rest is None or _changed(first, kept.first, self.threshold):
             kept.first, kept.rest = first, self.tail(opened, flat, words) - opened
         else:
             kept.skipped += 1
         return self.out(opened + kept.rest, flat)
 
-    @torch.compiler.disable
-    def _changed(self, now: Tensor, then: Tensor) -> bool:
-        """Mean |now − then| of more than `threshold` times mean |then|; waits for the device."""
-        return bool((now - then).abs().mean() > self.threshold * then.abs().mean())
+
+@torch.compiler.disable
+def _changed(now: Tensor, then: Tensor, threshold: float) -> bool:
+    """Mean |now − then| of more than `threshold` times mean |then|; waits for the device."""
+    return bool((now - then).abs().mean() > threshold * then.abs().mean())
 
 
 def threshold_of(given: Any) -> float:

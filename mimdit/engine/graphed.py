@@ -39,6 +39,7 @@ class Graphed:
             return self.function(*given)
         for static, tensor in zip(self._inputs, given, strict=True):
             static.copy_(tensor)
+        assert self._graph is not None
         self._graph.replay()
         # The next replay overwrites it.
         if isinstance(self._output, tuple):

@@ -80,9 +80,8 @@ class Block:
 
 def _mlp(given: Any, only: Callable[[nn.Module], Layer]) -> Layer:
     """Diffusers' `FeedForward`, or the same of layers that took the place of its own."""
-    first = None if given is None else given.net[0]
-    if not isinstance(first, GELU):
-        return given
+    if given is None or not isinstance(first := given.net[0], GELU):
+        return cast(Layer, given)
     up, down = only(first.proj), only(given.net[2])
     if up is first.proj and down is given.net[2]:
         return given
