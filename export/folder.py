@@ -1,7 +1,7 @@
-"""A pipeline as a folder: graphs, prompts, parity report and manifest."""
+"""A pipeline as a folder: graphs, engines, prompts, parity report and manifest."""
 
-import copy
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,21 +11,25 @@ from typing import Any
 import numpy as np
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
-from export.graphs import graphs_of, traceable
+from export.cache import earlier, engine_key, reuse
+from export.checks import Check
+from export.compare import compare
+from export.engines import Engine, Target, build_engine, profile_shapes
+from export.graphs import Graph, graphs_of, traceable
+from export.inputs import Size
 from export.libraries import ExportError, versions
-from export.manifest import finished_folder, weights_hash, write_manifest
-from export.onnx_export import Limits, Written, export_onnx
-from export.parity import Check, Picture, Size, check_graphs, check_picture
-from export.runtime import ExportedPipeline
-from export.tensorrt_rtx import Engine, build_engine
+from export.manifest import MANIFEST, finished_folder, weights_hash, write_manifest
+from export.onnx_export import Limits, Written, export_onnx, input_shapes
+from export.pictures import Picture
 from mimdit.codec import codec_factor
-from mimdit.pipeline import _MIN_TOKENS, MiMDiTPipeline
+from mimdit.pipeline import MiMDiTPipeline
+from mimdit.planning import _MIN_TOKENS
 from mimdit.sampling import SHIFTS, grid_places
 
 PROMPTS, PARITY = "prompts.npz", "parity.json"
 _LIBRARIES = (
     *("mimdit", "torch", "diffusers"),
-    *("onnx", "onnxscript", "onnxruntime", "tensorrt-rtx"),
+    *("onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt-rtx"),
 )
 
 
@@ -33,8 +37,7 @@ _LIBRARIES = (
 class Settings:
     """What to export: sizes that the graphs take, and sizes (in tokens) to check them at.
 
-    picture: restored for the check, too. capabilities: of GPUs that TensorRT-RTX engines are built
-    for; none builds none.
+    picture: restored for the check, too. targets: what engines are built for.
     """
 
     limits: Limits
@@ -44,7 +47,12 @@ class Settings:
     check: bool = True
     device: str = "cpu"
     picture: Picture | None = None
-    capabilities: Sequence[str] = ()
+    targets: Sequence[Target] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `compare` needs again, for the manifest."""
+        picture = None if self.picture is None else vars(self.picture)
+        return {"sizes": [list(size) for size in self.sizes], "picture": picture}
 
 
 @dataclass(frozen=True)
@@ -81,13 +89,12 @@ def export_folder(
         ExportError: a library, provider or scheduler that does not fit, or a folder in use.
     """
     scheduler = _scheduler(pipe)
-    limits = settings.limits
-    config = pipe.transformer.config
-    side = min(config["sample_size"] // config["patch_size"], limits.side[1])
-    tokens = limits.batch[1] * side**2
+    weights = weights_hash((pipe.transformer, pipe.vae))
+    _enough_space(pipe, target, settings)
+    before = earlier(target) if settings.targets else None
     written: list[Written] = []
     checks: list[Check] = []
-    engines: list[Engine] = []
+    engines: list[tuple[Engine, dict[str, Any]]] = []
     size: dict[str, float] = {}
     failed = target.with_name(f"{target.name}.failed")
     folder = target
@@ -95,74 +102,138 @@ def export_folder(
         with finished_folder(target) as work:
             for graph in graphs_of(pipe):
                 progress(f"exporting {graph.name}")
-                takes = _codec_limits(pipe, limits) if "vae" in graph.name else limits
-                with traceable(pipe, tokens):
+                takes = _limits(pipe, graph, settings.limits)
+                with traceable(pipe, _tokens(pipe, settings.limits)):
                     written.append(export_onnx(graph, work, takes, settings.opset))
-                if settings.capabilities:
-                    progress(f"building an engine of {graph.name}")
-                    engines.append(build_engine(work, graph, takes, side, settings.capabilities))
+                for library in settings.targets:
+                    usual = _usual(pipe, settings.limits)
+                    shapes = profile_shapes(graph, input_shapes(graph, takes), takes, usual)
+                    path = work / written[-1].file
+                    key = engine_key(path, library, shapes, settings.precision, weights)
+                    engine, why = reuse(before, target, work, graph.name, key)
+                    if engine is None:
+                        reason = f", as {why}" if why else ""
+                        progress(f"building an engine of {graph.name}{reason}")
+                        engine = build_engine(work, graph, takes, usual, library, progress)
+                    engines.append((engine, key))
             _write_prompts(pipe, work / PROMPTS)
             progress("hashing")
             entries = {
-                "model": {"name": name, "weights": weights_hash((pipe.transformer, pipe.vae))},
+                "model": {"name": name, "weights": weights},
                 "precision": settings.precision,
                 "opset": settings.opset,
-                "limits": {"batch": limits.batch, "side": limits.side},
+                "limits": {"batch": settings.limits.batch, "side": settings.limits.side},
+                "checks": settings.as_dict(),
                 "graphs": {w.graph: {"file": w.file, "nodes": w.nodes} for w in written},
-                "engines": {
-                    e.graph: {"file": e.file, "capabilities": list(settings.capabilities)}
-                    for e in engines
-                },
+                "engines": _engines(engines),
                 "runtime": _runtime(pipe, scheduler),
                 "versions": versions(*_LIBRARIES),
             }
             write_manifest(work, entries | {"parity": "not checked"})
             if settings.check:
-                checks = _check(pipe, work, settings, progress)
-                passed = all(c.passed for c in checks)
-                report = {"passed": passed, "checks": [c.as_dict() for c in checks]}
-                text = json.dumps(report, indent=1, allow_nan=False, ensure_ascii=False)
-                (work / PARITY).write_text(text + "\n")
-                write_manifest(work, entries | {"parity": "passed" if passed else "failed"})
-            size = {x.file: _megabytes(work, x.file) for x in (*written, *engines)}
+                programs = {w.graph: w.program for w in written if w.program is not None}
+                checks = compare(pipe, work, settings.device, programs, progress)
+                write_report(work, entries, checks)
+            files = [w.file for w in written] + [engine.file for engine, _ in engines]
+            size = {file: _megabytes(work, file) for file in files}
             if not all(c.passed for c in checks):
                 _put_aside(work, failed)
                 folder = failed
                 raise _FailedError
     except _FailedError:
         pass
-    return Export(folder, written, checks, engines, size)
+    return Export(folder, written, checks, [engine for engine, _ in engines], size)
 
 
-def _codec_limits(pipe: MiMDiTPipeline, limits: Limits) -> Limits:
+def check_folder(
+    pipe: MiMDiTPipeline,
+    target: Path,
+    manifest: dict[str, Any],
+    device: str,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Export:
+    """Compare an exported folder with its model again, and write down what came out.
+
+    pipe: as for `export_folder`. manifest: of `verify`. A folder whose gates fail stays where it is
+    and says so, whereupon the runtime refuses it.
+    """
+    entries = {k: v for k, v in manifest.items() if k not in ("format", "files", "sha256")}
+    with finished_folder(target) as work:
+        for path in target.iterdir():
+            _link(path, work / path.name)
+        # Links: writing them would write those of the folder that is to be replaced.
+        (work / PARITY).unlink(missing_ok=True)
+        (work / MANIFEST).unlink()
+        write_manifest(work, entries | {"parity": "not checked"})
+        checks = compare(pipe, work, device, {}, progress)
+        write_report(work, entries, checks)
+    graphs = [Written(k, g["file"], g["nodes"], 0.0) for k, g in manifest["graphs"].items()]
+    engines = [
+        Engine(graph, name, e["file"], e["report"], 0.0, reused=True)
+        for name, entry in manifest["engines"].items()
+        for graph, e in entry.items()
+    ]
+    size = {x.file: _megabytes(target, x.file) for x in (*graphs, *engines)}
+    return Export(target, graphs, checks, engines, size)
+
+
+def write_report(folder: Path, entries: dict[str, Any], checks: Sequence[Check]) -> None:
+    """The checks as `parity.json`, and the verdict in the manifest."""
+    passed = all(check.passed for check in checks)
+    report = {"passed": passed, "checks": [check.as_dict() for check in checks]}
+    text = json.dumps(report, indent=1, allow_nan=False, ensure_ascii=False)
+    (folder / PARITY).write_text(text + "\n", encoding="utf-8")
+    write_manifest(folder, entries | {"parity": "passed" if passed else "failed"})
+
+
+def _engines(engines: Sequence[tuple[Engine, dict[str, Any]]]) -> dict[str, Any]:
+    """By library and graph."""
+    found: dict[str, Any] = {}
+    for engine, key in engines:
+        entry = {"file": engine.file, "report": engine.report, "key": key}
+        found.setdefault(engine.library, {})[engine.graph] = entry
+    return found
+
+
+def _enough_space(pipe: MiMDiTPipeline, target: Path, settings: Settings) -> None:
+    """ExportError where the disk cannot hold the weights, in graphs and engines."""
+    parts = [p for part in (pipe.transformer, pipe.vae) for p in part.parameters()]
+    wanted = sum(p.numel() * p.element_size() for p in parts) * (1 + len(settings.targets))
+    place = next(p for p in (target, *target.absolute().parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    if free < wanted:
+        raise ExportError(
+            f"{target}: expected at least {wanted / 1e9:.2f} GB of free disk space, "
+            f"got {free / 1e9:.2f} GB"
+        )
+
+
+def _link(source: Path, copy: Path) -> None:
+    """The same file under another name; a copy where the file system has no such links."""
+    try:
+        os.link(source, copy)
+    except OSError:
+        shutil.copyfile(source, copy)
+
+
+def _usual(pipe: MiMDiTPipeline, limits: Limits) -> int:
+    """Tokens along a side of the trained tile."""
+    config = pipe.transformer.config
+    return min(config["sample_size"] // config["patch_size"], limits.side[1])
+
+
+def _tokens(pipe: MiMDiTPipeline, limits: Limits) -> int:
+    return limits.batch[1] * _usual(pipe, limits) ** 2
+
+
+def _limits(pipe: MiMDiTPipeline, graph: Graph, limits: Limits) -> Limits:
     """The codec takes whole pictures, not tiles."""
+    if "vae" not in graph.name:
+        return limits
     patch = codec_factor(pipe.vae) * pipe.transformer.config["patch_size"]
     low, high = limits.side
     largest = max(high, pipe.vae.tile_sample_min_size // patch)
     return Limits(limits.batch, (min(low, 8), largest))
-
-
-def _check(
-    pipe: MiMDiTPipeline, work: Path, settings: Settings, progress: Callable[[str], None]
-) -> list[Check]:
-    """What is shipped is what is checked: the files, read back."""
-    progress("loading the graphs")
-    exported = ExportedPipeline(work, settings.device)
-    wide = None if settings.precision == "fp32" else _in_float32(pipe)
-    checks = check_graphs(
-        pipe, exported.graphs, settings.precision, settings.sizes, wide, progress=progress
-    )
-    if settings.picture is not None:
-        progress("restoring a picture")
-        checks.append(check_picture(pipe, exported, settings.precision, settings.picture))
-    return checks
-
-
-def _in_float32(pipe: MiMDiTPipeline) -> MiMDiTPipeline:
-    """The same rounded weights, computed with in float32."""
-    return MiMDiTPipeline(
-        copy.deepcopy(pipe.transformer).float(), copy.deepcopy(pipe.vae).float(), pipe.scheduler
-    )
 
 
 def _scheduler(pipe: MiMDiTPipeline) -> dict[str, float]:

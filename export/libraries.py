@@ -11,7 +11,7 @@ class ExportError(RuntimeError):
 
 def library(name: str) -> Any:
     """An optional package, or an `ExportError` that says how to install it."""
-    extra = "trt-rtx" if name == "tensorrt_rtx" else "export"
+    extra = {"tensorrt": "trt", "tensorrt_rtx": "trt-rtx"}.get(name, "export")
     try:
         return import_module(name)
     except ImportError as error:

@@ -1,8 +1,10 @@
 """Graphs as ONNX files."""
 
+import re
 import time
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ from torch import Tensor
 from torch.export import Dim
 
 from export.graphs import Graph
-from export.libraries import library
+from export.libraries import ExportError, library
+from mimdit.errors import first_line
 
 
 @dataclass(frozen=True)
@@ -30,22 +33,42 @@ class Limits:
 
 @dataclass(frozen=True)
 class Written:
-    """An ONNX file: its name, nodes, and the seconds it took."""
+    """An ONNX file: its name, nodes, the seconds it took, and the traced program it was made of."""
 
     graph: str
     file: str
     nodes: int
     seconds: float
+    program: Any = field(default=None, repr=False, compare=False)
 
 
 def export_onnx(graph: Graph, folder: Path, limits: Limits, opset: int = 18) -> Written:
     """Write `<name>.onnx` into `folder`; weights beyond 1.5 GB lie beside it, in `.onnx.data`.
 
-    To be called inside `graphs.traceable`. Raises ExportError where onnx or onnxscript is missing.
+    To be called inside `graphs.traceable`.
+
+    Raises:
+        ExportError: onnx or onnxscript is missing, or an operator that ONNX cannot express.
+        OSError: the file cannot be written.
     """
     onnx = library("onnx")
-    library("onnxscript")
     start = time.perf_counter()
+    exported = translate(graph, limits, opset)
+    path = folder / f"{graph.name}.onnx"
+    exported.save(path)
+    model = onnx.load(path, load_external_data=False)
+    onnx.checker.check_model(str(path))
+    seconds = time.perf_counter() - start
+    return Written(graph.name, path.name, len(model.graph.node), seconds, exported.exported_program)
+
+
+def translate(graph: Graph, limits: Limits, opset: int) -> Any:
+    """A graph as torch's `ONNXProgram`; to be called inside `graphs.traceable`.
+
+    Raises:
+        ExportError: an operator that ONNX cannot express.
+    """
+    library("onnxscript")
     batch, rows, columns = limits.traced()
     example = graph.example(batch, rows, columns)
     with warnings.catch_warnings():
@@ -54,21 +77,33 @@ def export_onnx(graph: Graph, folder: Path, limits: Limits, opset: int = 18) -> 
         program = torch.export.export(
             graph, (), example, dynamic_shapes=dynamic_shapes(graph, example, limits)
         )
-        exported: Any = torch.onnx.export(
-            program,
-            dynamo=True,
-            opset_version=opset,
-            input_names=list(example),
-            output_names=list(graph.outputs),
-            custom_translation_table=_translations(opset),
-            verbose=False,
-        )
+        try:
+            exported: Any = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=opset,
+                input_names=list(example),
+                output_names=list(graph.outputs),
+                custom_translation_table=_translations(opset),
+                optimize=False,
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise ExportError(f"{graph.name}: {_unknown(error)}") from error
+        _optimize(exported.model, graph.outputs)
     _tidy(exported.model, graph)
-    path = folder / f"{graph.name}.onnx"
-    exported.save(path)
-    model = onnx.load(path, load_external_data=False)
-    onnx.checker.check_model(str(path))
-    return Written(graph.name, path.name, len(model.graph.node), time.perf_counter() - start)
+    return exported
+
+
+def _unknown(error: BaseException) -> str:
+    """What torch's exporter could not translate, from its pages of advice."""
+    reason: BaseException | None = error
+    while reason is not None:
+        found = re.search(r"op='([^']+)'", str(reason))
+        if found:
+            return f"expected operators that ONNX has, got {found[1]}"
+        error, reason = reason, reason.__cause__
+    return f"torch.onnx cannot translate it ({first_line(Exception(str(error)))})"
 
 
 def dynamic_shapes(
@@ -88,6 +123,41 @@ def dynamic_shapes(
         name: {i: known[axis] for i, axis in graph.axes[name].items() if axis in known}
         for name in example
     }
+
+
+def input_shapes(graph: Graph, limits: Limits) -> dict[str, list[int]]:
+    """Shapes of all inputs as in the ONNX file; −1 marks the axes that vary."""
+    example = graph.example(*limits.traced())
+    varying = dynamic_shapes(graph, example, limits)
+    return {
+        name: [-1 if i in varying[name] else n for i, n in enumerate(x.shape)]
+        for name, x in example.items()
+    }
+
+
+def _optimize(model: Any, outputs: Sequence[str]) -> None:
+    """What torch's exporter does, but weights stay whole and under their own names.
+
+    They can then be compared with the checkpoint one by one, and exchanged for others.
+    """
+    optimizer = library("onnxscript.optimizer")
+
+    def should_fold(node: Any) -> bool | None:
+        weights = (v is not None and v.is_initializer() and is_weight(v.name) for v in node.inputs)
+        return False if any(weights) else None
+
+    optimizer.optimize_ir(model, should_fold=should_fold)
+    library("onnxscript.rewriter.onnx_fusions").fuse(model)
+    # Outputs that are equal have been merged, and parted again under other names.
+    for i, value in enumerate(model.graph.outputs):
+        value.name = f"result_{i}"
+    for value, name in zip(model.graph.outputs, outputs, strict=True):
+        value.name = name
+
+
+def is_weight(name: str) -> bool:
+    """Whether an initializer is a tensor of the model, and no constant of the graph."""
+    return name.startswith(("model.", "codec."))
 
 
 def _tidy(model: Any, graph: Graph) -> None:

@@ -1,10 +1,11 @@
-"""An exported folder restores pictures: ONNX Runtime around `mimdit`'s tiles, without its model.
+"""An exported folder restores pictures: its graphs and `mimdit`'s tiles, without its model.
 
+The graphs run in ONNX Runtime, or as engines in TensorRT or TensorRT-RTX.
 Torch serves as the array library: tiles, colours and noise are the pipeline's own, so equal seeds
 give equal pictures. Neither diffusers nor a module of the network is imported.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -16,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from export.libraries import ExportError, library
+from export.backends import open_graphs
+from export.libraries import ExportError
 from export.manifest import verify
+from export.sessions import EngineSession, Session
 from mimdit.color import COLOR_FIXES, color_fix
-from mimdit.errors import first_line
 from mimdit.inputs import Pictures, to_tensor
 from mimdit.tiling import Tiling, plan_tiles, reflect_pad
 
@@ -47,69 +49,46 @@ class Restored(NamedTuple):
     routing: Routing
 
 
-class Session:
-    """One graph in ONNX Runtime."""
-
-    def __init__(self, path: Path, device: str = "cpu", threads: int = 0) -> None:
-        ort = library("onnxruntime")
-        name = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(device)
-        if name not in ort.get_available_providers():
-            raise ExportError(f"device: this onnxruntime has no provider for {device!r}")
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        # Notices about graph rewriting are not for users.
-        options.log_severity_level = 3
-        providers = [name] if device == "cpu" else [name, "CPUExecutionProvider"]
-        try:
-            self.session = ort.InferenceSession(str(path), options, providers=providers)
-        # Its errors share no class but Exception.
-        except Exception as error:
-            reason = first_line(error)
-            raise ExportError(f"{path.name}: onnxruntime cannot load it ({reason})") from error
-        # Where CUDA's libraries do not load, ONNX Runtime goes on without them.
-        if self.session.get_providers()[0] != name:
-            raise ExportError(f"{path.name}: onnxruntime cannot use {device}; see its messages")
-        self.inputs = {value.name for value in self.session.get_inputs()}
-        self.outputs = [value.name for value in self.session.get_outputs()]
-        self.value, self.device = ort.OrtValue, device
-
-    def resident(self, array: np.ndarray) -> Any:
-        """An input on the device, for many calls."""
-        return self.value.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)
-
-    def __call__(self, **inputs: Any) -> dict[str, np.ndarray]:
-        """All outputs by name; inputs are tensors on the CPU, arrays or `resident` values."""
-        values = {}
-        for name in self.inputs:
-            x = inputs[name]
-            x = x.detach().numpy() if isinstance(x, Tensor) else x
-            values[name] = self.resident(x) if isinstance(x, np.ndarray) else x
-        out = self.session.run_with_ort_values(self.outputs, values)
-        return {name: x.numpy() for name, x in zip(self.outputs, out, strict=True)}
-
-
 @dataclass
 class _Denoiser:
-    """Velocity at (latents [B,c,h,w], time): tiles share one routing and are blended."""
+    """Velocity at (latents [B,c,h,w], time): tiles are blended; by default they share a routing."""
 
-    graphs: dict[str, Session]
+    graphs: Mapping[str, Session | EngineSession]
     z_lq: Tensor
     tiling: Tiling
     prompts: Sequence[tuple[Tensor, Tensor]]
     guidance_scale: float
     tile_batch: int
-    means: np.ndarray = field(init=False)
-    routing: Routing | None = field(init=False, default=None)
+    shared: bool
+    _means: dict[int, np.ndarray] = field(init=False, default_factory=dict)
+    _routings: dict[int, Routing] = field(init=False, default_factory=dict)
     _kept: dict[int, Any] = field(init=False, default_factory=dict)
     _bytes: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
-        total = 0
+        """Means of the tiles; for a shared routing all have those of the picture."""
+        total, pictures = 0, len(self.z_lq)
         for tiles in self.tiling.chunks(self.tile_batch):
             means = self.graphs["pool"](z_lq=self.tiling.cut(self.z_lq, tiles))["means"]
-            layers, _, dim = means.shape
-            total = total + means.reshape(layers, -1, len(self.z_lq), dim).sum(1)
-        self.means = total / len(self.tiling.corners)
+            layers, count, dim = means.shape
+            self._means[tiles.start] = means
+            total = total + means.reshape(layers, count // pictures, pictures, dim).sum(1)
+        if self.shared:
+            mean = total / len(self.tiling.corners)
+            for start, means in self._means.items():
+                self._means[start] = np.tile(mean, (1, means.shape[1] // pictures, 1))
+
+    @property
+    def routing(self) -> Routing:
+        """Of the B pictures, or where it is not shared of those of every tile, tile by tile."""
+        found = [self._routings[start] for start in sorted(self._routings)]
+        count = len(self.z_lq) if self.shared else None
+        return Routing(
+            *(
+                np.concatenate([getattr(r, name) for r in found], axis=1)[:, :count]
+                for name in ("inter", "intra", "index")
+            )
+        )
 
     def __call__(self, latents: Tensor, time: float) -> Tensor:
         return self.tiling.blend(
@@ -139,11 +118,8 @@ class _Denoiser:
     def _condition(self, tiles: slice, z_lq: Tensor) -> dict[str, Any]:
         if tiles.start in self._kept:
             return self._kept[tiles.start]
-        means = np.tile(self.means, (1, len(z_lq) // len(self.z_lq), 1))
-        out = self.graphs["conditioner"](z_lq=z_lq, means=means)
-        if self.routing is None:
-            chosen = (out[name][:, : len(self.z_lq)] for name in ("inter", "intra", "index"))
-            self.routing = Routing(*chosen)
+        out = self.graphs["conditioner"](z_lq=z_lq, means=self._means[tiles.start])
+        self._routings[tiles.start] = Routing(out["inter"], out["intra"], out["index"])
         resident = self.graphs["denoiser"].resident
         found = {name: resident(out[name]) for name in ("tokens", "pooled")}
         self._bytes += out["tokens"].nbytes
@@ -157,25 +133,23 @@ class ExportedPipeline:
 
     Args:
         folder: of `mimdit-export`. device: "cpu", "cuda" or "auto". threads: 0 for all cores.
+        runtime: "onnxruntime", "tensorrt", "tensorrt_rtx", or "auto": engines of the folder where
+            they fit the GPU, else ONNX Runtime.
 
     Raises:
-        ExportError: the folder is not whole, or ONNX Runtime cannot run it here.
+        ExportError: the folder is not whole, or it cannot run here.
     """
 
-    def __init__(self, folder: Path | str, device: str = "auto", threads: int = 0) -> None:
+    def __init__(
+        self, folder: Path | str, device: str = "auto", threads: int = 0, runtime: str = "auto"
+    ) -> None:
         folder = Path(folder)
         self.manifest = verify(folder)
         if self.manifest["parity"] == "failed":
             raise ExportError(f"{folder}: parity: expected passed, got failed; see parity.json")
-        if device == "auto":
-            cuda = "CUDAExecutionProvider" in library("onnxruntime").get_available_providers()
-            device = "cuda" if cuda else "cpu"
         self.settings: dict[str, Any] = self.manifest["runtime"]
         self.limits: dict[str, list[int]] = self.manifest["limits"]
-        self.graphs = {
-            name: Session(folder / entry["file"], device, threads)
-            for name, entry in self.manifest["graphs"].items()
-        }
+        self.runtime, self.graphs = open_graphs(folder, self.manifest, device, threads, runtime)
         with np.load(folder / "prompts.npz") as file:
             self._text = {
                 name: (
@@ -201,10 +175,15 @@ class ExportedPipeline:
         color_fix: str = "none",
         tile: int = 0,
         tile_overlap: int = 64,
-        tile_batch: int = 1,
+        tile_batch: int | None = None,
+        routing: str = "picture",
+        experts: Mapping[str, float] | None = None,
         output_type: str = "np",
     ) -> Restored:
         """Restore one picture or a batch of equal size; arguments as the pipeline's.
+
+        Those that an exported folder cannot follow must be left out: captions, which need text
+        encoders, and weights of experts, whose routers are inside the graphs.
 
         Noise is drawn on the CPU from `generator`, one draw of the latents' shape for each shifted
         grid, as the pipeline draws it.
@@ -217,7 +196,11 @@ class ExportedPipeline:
         if num_inference_steps is None and shifts is None:
             shifts = settings["default_shifts"]
         shifts = 1 if shifts is None else shifts
-        places = self._check(steps, shifts, strength, color_fix, tile_batch, output_type)
+        places = self._check(steps, shifts, strength, color_fix, tile_batch or 1, output_type)
+        if routing not in ("picture", "tile"):
+            raise ValueError(f"routing: expected one of picture, tile, got {routing!r}")
+        if experts:
+            raise ValueError(f"experts: expected none for an exported folder, got {experts}")
         damaged = to_tensor(image)
         height, width = damaged.shape[-2:]
         if not 1 <= len(damaged) <= self.limits["batch"][1]:
@@ -225,24 +208,27 @@ class ExportedPipeline:
             raise ValueError(f"image: expected 1 to {most} pictures at once, got {len(damaged)}")
         prompts = self._prompts(guidance_scale)
         sigmas = euler_sigmas(settings["scheduler"], steps)
-        images, routing = torch.zeros_like(damaged), None
+        images, taken = torch.zeros_like(damaged), None
         with tqdm(total=steps * len(places), **self._progress) as bar:
             for top, left in places:
                 moved = reflect_pad(damaged.flip(-2, -1), height + top, width + left).flip(-2, -1)
                 z_lq = self._encode(moved)
                 tiling = self._tiling((z_lq.shape[-2], z_lq.shape[-1]), tile, tile_overlap)
-                batch = max(1, min(tile_batch, self.limits["batch"][1] // len(damaged)))
-                denoiser = _Denoiser(self.graphs, z_lq, tiling, prompts, guidance_scale, batch)
+                batch = max(1, min(tile_batch or 1, self.limits["batch"][1] // len(damaged)))
+                shared = routing == "picture"
+                denoiser = _Denoiser(
+                    self.graphs, z_lq, tiling, prompts, guidance_scale, batch, shared
+                )
                 latents = torch.randn(z_lq.shape, generator=generator)
                 for now, then in pairwise(sigmas):
                     time = float(now * settings["scheduler"]["train_steps"])
                     latents = latents + float(then - now) * denoiser(latents, time)
                     bar.update()
-                routing = denoiser.routing if routing is None else routing
+                taken = denoiser.routing if taken is None else taken
                 pixels = self._decode(latents) / 2 + 0.5
                 images += pixels[..., top : top + height, left : left + width] / len(places)
-        assert routing is not None
-        return Restored(_finish(images, damaged, strength, color_fix), routing)
+        assert taken is not None
+        return Restored(_finish(images, damaged, strength, color_fix), taken)
 
     def _check(
         self, steps: int, shifts: int, strength: float, fix: str, batch: int, output_type: str
@@ -258,7 +244,7 @@ class ExportedPipeline:
         if fix not in COLOR_FIXES:
             raise ValueError(f"color_fix: expected one of {', '.join(COLOR_FIXES)}, got {fix!r}")
         if batch < 1:
-            raise ValueError(f"tile_batch: expected at least 1, got {batch}")
+            raise ValueError(f"tile_batch: expected 0 (automatic) or more, got {batch}")
         if output_type != "np":
             raise ValueError(f"output_type: expected np, got {output_type!r}")
         return places[str(shifts)]

@@ -1,29 +1,27 @@
 """`mimdit-export`: its messages and exit codes."""
 
+import os
+import re
+import resource
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("onnxruntime")
 
-from export import cli, folder, parity
+from export import checks, cli, folder
+from export.graphs import Pool, traceable
 from export.libraries import ExportError
-from export.onnx_export import Limits, Written
+from export.onnx_export import Limits, export_onnx
+from export.plan import plan
 from export.runtime import ExportedPipeline
-from tests.export.conftest import Exported
-
-
-def reuse(source: Path) -> Any:
-    """In place of an export that takes long: the files of an earlier one."""
-
-    def copy(graph: Any, work: Path, limits: Limits, opset: int) -> Written:
-        file = f"{graph.name}.onnx"
-        shutil.copy(source / file, work / file)
-        return Written(graph.name, file, 1, 0.0)
-
-    return copy
+from export.sessions import Session
+from tests.export import damage
+from tests.export.conftest import Exported, reuse
 
 
 def test_success(exported: Exported) -> None:
@@ -31,7 +29,7 @@ def test_success(exported: Exported) -> None:
     lines = exported.out.splitlines()
     assert lines[0].split() == ["graph", "nodes", "MB", "s", "output", "error", "gate", "verdict"]
     starts = [line.split()[0] for line in lines[1:] if not line.startswith(" ")]
-    assert starts == ["pool", "conditioner", "denoiser", "picture", "wrote"]
+    assert starts == ["pool", "conditioner", "denoiser", "picture", "wrote"], exported.out
     assert "FAILED" not in exported.out
     for stage in ("loading", "exporting conditioner", "checking 3×17×12 tokens"):
         assert stage in exported.err
@@ -40,10 +38,12 @@ def test_success(exported: Exported) -> None:
 def test_a_gate_that_fails(
     exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr(folder, "export_onnx", reuse(exported.folder))
-    monkeypatch.setitem(parity.GATES, "fp32", 1e-12)
+    monkeypatch.setattr(folder, "export_onnx", reuse(exported))
+    monkeypatch.setitem(checks.GATES, "fp32", 1e-12)
+    monkeypatch.setattr("export.plan.STEPS", 1)
     target = tmp_path / "out"
-    assert cli.main([str(exported.model), "--out", str(target), "--batch", "1..3"]) == 1
+    options = ["--batch", "1..3", "--sizes", "64x64"]
+    assert cli.main([str(exported.model), "--out", str(target), *options]) == 1
     out, err = capsys.readouterr()
     assert "FAILED" in out
     assert f"a gate failed; the files are in {target}.failed" in err
@@ -57,7 +57,7 @@ def test_a_gate_that_fails(
 def test_without_check(
     exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr(folder, "export_onnx", reuse(exported.folder))
+    monkeypatch.setattr(folder, "export_onnx", reuse(exported))
     options = ["--out", str(tmp_path / "out"), "--no-check", "--batch", "1..3"]
     assert cli.main([str(exported.model), *options]) == 0
     assert capsys.readouterr().out.endswith("not checked\n")
@@ -71,7 +71,7 @@ def test_without_check(
         (["--sizes", "512"], "expected HxW or HxW,HxW,…, got '512'"),
         (["--sizes", "64x64", "--dynamic"], "not allowed with"),
         (["--batch", "2..4"], "expected 1 or 1..N, got '2..4'"),
-        (["--trt"], "unrecognized arguments: --trt"),
+        (["--trt-sm"], "unrecognized arguments: --trt-sm"),
     ],
     ids=str,
 )
@@ -99,6 +99,94 @@ def test_one_sentence_errors(options: list[str], message: str, tmp_path: Path, c
     assert not (tmp_path / "out").exists()
 
 
+def test_a_full_disk(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage)
+        assert cli.main([str(exported.model), "--out", str(tmp_path / "out")]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(
+        r".*out: expected at least 0\.0\d GB of free disk space, got 0\.00 GB", line
+    )
+    # The system's own limit, met while writing.
+    monkeypatch.setattr(folder, "export_onnx", reuse(exported))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        assert cli.main([str(exported.model), "--out", str(tmp_path / "out")]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "File too large" in capsys.readouterr().err.splitlines()[-1]
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
+def test_interruptions(
+    exported: Exported,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    number: signal.Signals,
+) -> None:
+    def interrupted(graph: Any, work: Path, *_: Any) -> Any:
+        (work / "half").write_text("")
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(folder, "export_onnx", interrupted)
+    # In the background shells ignore it.
+    foreground = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert cli.main([str(exported.model), "--out", str(tmp_path / "out")]) == 130
+    finally:
+        signal.signal(signal.SIGINT, foreground)
+    assert capsys.readouterr().err.endswith("mimdit-export: stopped; nothing was written\n")
+    assert [*tmp_path.iterdir()] == []
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_an_operator_that_onnx_lacks(exported: Exported, tmp_path: Path) -> None:
+    class Bessel(Pool):
+        def forward(self, z_lq: torch.Tensor) -> torch.Tensor:
+            return torch.special.bessel_j0(super().forward(z_lq))
+
+    graph = Bessel(exported.pipe.transformer).eval()
+    message = "pool: expected operators that ONNX has, got (aten|prims).*bessel_j0"
+    with pytest.raises(ExportError, match=message), traceable(exported.pipe, 400):
+        export_onnx(graph, tmp_path, Limits((1, 2), (8, 16)))
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_equal_outputs_keep_their_names(exported: Exported, tmp_path: Path) -> None:
+    """As velocity and output of models that predict velocities."""
+
+    class Twice(Pool):
+        outputs = ("means", "again")
+
+        def forward(self, z_lq: torch.Tensor) -> Any:
+            means = super().forward(z_lq)
+            return means, means
+
+    graph = Twice(exported.pipe.transformer).eval()
+    with traceable(exported.pipe, 400):
+        export_onnx(graph, tmp_path, Limits((1, 1), (8, 8)))
+    out = Session(tmp_path / "pool.onnx", threads=1)(z_lq=torch.rand(1, 48, 16, 16))
+    assert list(out) == ["means", "again"] and (out["means"] == out["again"]).all()
+
+
+def test_an_operator_that_the_runtime_lacks(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(folder, "export_onnx", reuse(exported, damage.unknown_operator))
+    assert cli.main([str(exported.model), "--out", str(tmp_path / "out")]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("mimdit-export: conditioner.onnx: onnxruntime cannot load it")
+    assert "Nonsense" in line and line.endswith("--no-check leaves the comparison out")
+    assert [*tmp_path.iterdir()] == []
+
+
 def test_other_files_are_kept(exported: Exported, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "a.png").write_text("")
     assert cli.main([str(exported.model), "--out", str(tmp_path)]) == 1
@@ -112,7 +200,7 @@ def test_missing_libraries(
     monkeypatch.setitem(cli.sys.modules, name, None)
     assert cli.main(["--out", str(tmp_path / "out"), "--trt-rtx"]) == 1
     err = capsys.readouterr().err
-    assert err.startswith(f"mimdit-export: {name} cannot be imported")
+    assert err.splitlines()[-1].startswith(f"mimdit-export: {name} cannot be imported")
     assert err.count("\n") == 1
     extra = "trt-rtx" if name == "tensorrt_rtx" else "export"
     assert f"pip install 'mimdit[{extra}]'" in err
@@ -121,13 +209,21 @@ def test_missing_libraries(
 @pytest.mark.parametrize(
     ("options", "limits", "sizes"),
     [
-        ([], Limits((1, 4), (8, 24)), [(2, 11, 13), (1, 16, 16), (3, 17, 12)]),
-        (["--batch", "1"], Limits((1, 1), (8, 24)), [(1, 11, 13), (1, 16, 16), (1, 17, 12)]),
+        (
+            [],
+            Limits((1, 4), (8, 24)),
+            [(2, 11, 13), (1, 16, 16), (3, 17, 12), (1, 10, 15)],
+        ),
+        (
+            ["--batch", "1"],
+            Limits((1, 1), (8, 24)),
+            [(1, 11, 13), (1, 16, 16), (1, 17, 12), (1, 10, 15)],
+        ),
         (["--sizes", "128x128", "--batch", "1"], Limits((1, 1), (16, 16)), [(1, 16, 16)]),
         (
             ["--sizes", "64x96,192x128"],
             Limits((1, 4), (8, 24)),
-            [(2, 11, 13), (1, 8, 12), (1, 24, 16), (3, 17, 12)],
+            [(2, 11, 13), (1, 8, 12), (1, 24, 16), (3, 17, 12), (1, 10, 15)],
         ),
     ],
     ids=str,
@@ -136,6 +232,6 @@ def test_plans(
     exported: Exported, options: list[str], limits: Limits, sizes: list[tuple[int, ...]]
 ) -> None:
     args = cli.build_parser().parse_args(["--out", "x", *options])
-    settings = cli.plan(exported.pipe, args)
+    settings = plan(exported.pipe, args)
     assert settings.limits == limits
     assert list(settings.sizes) == sizes

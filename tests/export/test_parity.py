@@ -15,8 +15,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 pytest.importorskip("onnxruntime")
 
+from export.checks import Check, relative_error
 from export.graphs import depthwise3x3
-from export.parity import Check, check_graphs, relative_error
+from export.parity import check_graphs
 from export.runtime import ExportedPipeline, euler_sigmas
 from mimdit.metrics import psnr
 from mimkernels import expert_depthwise3x3
@@ -39,9 +40,21 @@ def test_every_gate_holds_also_at_sizes_never_traced(exported: Exported) -> None
     assert report["passed"] and exported.code == 0, exported.err
     gated = [c for c in report["checks"] if c["gate"] is not None and c["graph"] != "picture"]
     assert {c["graph"] for c in gated} == {"pool", "conditioner", "denoiser"}
-    assert {c["size"] for c in gated} == {"2×11×13", "1×16×16", "3×17×12"}
+    for weights, sizes in (
+        ("own", {"", "2×11×13", "1×11×13", "1×16×16", "3×17×12", "1×10×15"}),
+        ("drawn", {"2×11×13"}),
+    ):
+        assert {c["size"] for c in gated if c["weights"] == weights} == sizes
+    assert {c["inputs"] for c in gated} == {"random", "photograph"}
     assert all(c["error"] <= 1e-5 for c in gated if c["output"] != "velocity")
     assert all(c["error"] <= 2e-4 for c in gated)
+    assert all(c["error"] == 0 for c in gated if c["output"] == "weights")
+    steps = [c["note"] for c in gated if c["output"] == "output by step"]
+    assert steps == [f"step {i} of 8" for i in range(1, len(steps) + 1)] and len(steps) >= 3
+    several = [c["note"] for c in gated if "routing" in c["output"] and c["size"] == "3×17×12"]
+    assert len(several) == 4
+    assert all("different routings of 3 pictures" in note for note in several)
+    assert "3 different routings" in several[0]
     (restored,) = (c for c in report["checks"] if c["graph"] == "picture")
     assert restored["error"] < 1e-3
 
@@ -51,7 +64,7 @@ def test_other_sizes(
     exported: Exported, runtime: ExportedPipeline, size: tuple[int, int, int]
 ) -> None:
     checks = check_graphs(exported.pipe, runtime.graphs, "fp32", [size], seed=1)
-    assert len(checks) >= 9
+    assert len(checks) >= 18
     assert [c for c in checks if not c.passed] == []
 
 
@@ -96,6 +109,7 @@ CALLS: list[tuple[tuple[int, int], dict[str, Any]]] = [
     ),
     ((128, 140), {"num_inference_steps": 2, "guidance_scale": 2.5, "tile_overlap": 16}),
     ((128, 128), {"num_inference_steps": 1, "strength": 0.7, "color_fix": "adain"}),
+    ((150, 120), {"num_inference_steps": 1, "tile": 96, "routing": "tile", "tile_batch": 2}),
 ]
 
 
@@ -124,7 +138,9 @@ def test_pictures_equal_the_pipelines(
         ({"num_inference_steps": 0}, "num_inference_steps: expected at least 1, got 0"),
         ({"shifts": 3}, "shifts: expected one of 1, 2, 4, got 3"),
         ({"shifts": 0}, "shifts: expected one of 1, 2, 4, got 0"),
-        ({"tile_batch": 0}, "tile_batch: expected at least 1, got 0"),
+        ({"tile_batch": -1}, r"tile_batch: expected 0 \(automatic\) or more, got -1"),
+        ({"routing": "all"}, "routing: expected one of picture, tile, got 'all'"),
+        ({"experts": {"se": 1}}, "experts: expected none for an exported folder, got {'se': 1}"),
         ({"tile": 40}, "tile: expected 0 or 64 to 192 pixels, got 40"),
         ({"strength": 2}, "strength: expected 0 to 1, got 2"),
         ({"color_fix": "red"}, "color_fix: expected one of none, adain, wavelet, got 'red'"),

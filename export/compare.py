@@ -1,0 +1,95 @@
+"""All comparisons of one exported folder with its model."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from export.backends import check_engines
+from export.checks import GATES, Check
+from export.graphs import graphs_of
+from export.libraries import ExportError
+from export.locate import Locator
+from export.manifest import verify
+from export.onnx_export import Limits
+from export.parity import check_drawn, check_graphs, located
+from export.pictures import Picture, check_picture, check_steps
+from export.runtime import ExportedPipeline
+from export.weights import check_weights
+from mimdit.pipeline import MiMDiTPipeline
+
+# Of the steps that are compared one by one, and of a picture's.
+STEPS = 8
+
+
+def compare(
+    pipe: MiMDiTPipeline,
+    folder: Path,
+    device: str,
+    programs: dict[str, Any],
+    progress: Callable[[str], None],
+) -> list[Check]:
+    """What is shipped is what is checked: the files, read back. ONNX first, then engines that fit.
+
+    pipe: on the CPU, in the folder's precision. programs: see `Locator`.
+
+    Raises:
+        ExportError: a file of the folder is not what it was, or cannot run here.
+    """
+    manifest = verify(folder)
+    precision, settings = manifest["precision"], manifest["checks"]
+    limits = Limits(tuple(manifest["limits"]["batch"]), tuple(manifest["limits"]["side"]))
+    sizes = [tuple(size) for size in settings["sizes"]]
+    locate = Locator(pipe, folder, limits, manifest["opset"], GATES[precision], programs, progress)
+    checks = [check_weights(folder / f"{graph.name}.onnx", graph) for graph in graphs_of(pipe)]
+    wide = None if precision == "fp32" else _in_float32(pipe)
+    for name in _runtimes(folder, manifest):
+        progress(f"loading the graphs in {name}")
+        try:
+            exported = ExportedPipeline(folder, device, torch.get_num_threads(), name)
+        except ExportError as error:
+            raise ExportError(f"{error}; --no-check leaves the comparison out") from error
+        onnx = name == "onnxruntime"
+        found = check_graphs(
+            pipe,
+            exported.graphs,
+            precision,
+            sizes,
+            wide,
+            progress=progress,
+            locate=locate if onnx else None,
+        )
+        progress("checking every step")
+        found += located(
+            list(check_steps(pipe, exported.graphs, precision, (1, *sizes[0][1:]), STEPS)),
+            locate if onnx else None,
+        )
+        if settings["picture"] is not None:
+            progress("restoring a picture")
+            picture = Picture(**settings["picture"])
+            found.append(check_picture(pipe, exported, precision, picture))
+        checks += found if onnx else [check.of(name) for check in found]
+    progress("checking with drawn weights")
+    checks += check_drawn(pipe, folder, device, precision, sizes[0], locate=locate)
+    return checks
+
+
+def _runtimes(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """ONNX Runtime, and the libraries of engines that this machine can run."""
+    found = ["onnxruntime"]
+    for name in manifest["engines"]:
+        try:
+            check_engines(folder, manifest, name)
+        except ExportError:
+            continue
+        found.append(name)
+    return found
+
+
+def _in_float32(pipe: MiMDiTPipeline) -> MiMDiTPipeline:
+    """The same rounded weights, computed with in float32."""
+    return MiMDiTPipeline(
+        copy.deepcopy(pipe.transformer).float(), copy.deepcopy(pipe.vae).float(), pipe.scheduler
+    )

@@ -1,0 +1,67 @@
+"""From the arguments of `mimdit-export` to what is exported and checked."""
+
+import argparse
+
+from export.compare import STEPS
+from export.engines import Target
+from export.folder import Settings
+from export.onnx_export import Limits
+from export.pictures import Picture
+from mimdit.codec import PixelCodec, codec_factor
+from mimdit.pipeline import MiMDiTPipeline
+
+# Tokens along the shortest side of graphs without --sizes; the largest side is the model's.
+_LEAST = 8
+
+
+def plan(pipe: MiMDiTPipeline, args: argparse.Namespace) -> Settings:
+    """Sizes that the graphs take, and those that are checked: with two that nothing else names.
+
+    Raises:
+        ValueError: sizes that do not fit the model.
+    """
+    config, factor = pipe.transformer.config, codec_factor(pipe.vae)
+    patch, largest = factor * config["patch_size"], config["pos_embed_max_size"]
+    trained = min(config["sample_size"] // config["patch_size"], largest)
+    asked = [(h // patch, w // patch) for h, w in args.sizes or []]
+    for h, w in args.sizes or []:
+        if h % patch or w % patch or max(h, w) > largest * patch:
+            raise ValueError(
+                f"--sizes: expected multiples of {patch} up to {largest * patch}, got {h}x{w}"
+            )
+    sides = {n for size in asked for n in size} or {min(_LEAST, largest), largest}
+    low, high = min(sides), max(sides)
+    limits = Limits(args.batch, (low, high))
+    unseen = [
+        (min(args.batch[1], 3), min(low + 9, high), min(low + 4, high)),
+        (1, min(low + 2, high), min(low + 7, high)),
+    ]
+    checked = [(1, *size) for size in asked or [(trained, trained)]]
+    checked = list(dict.fromkeys([limits.traced(), *checked, *unseen]))
+    # CPUs are slow in half precision, and the picture is only reported then.
+    tile = (max(low, min(trained, high)) if args.precision == "fp32" else low) * patch
+    if isinstance(pipe.vae, PixelCodec):
+        # A little more than one tile, so that there are several.
+        picture = Picture(tile + 24, tile, STEPS)
+    else:
+        side = max(16, low) * patch
+        # Shifted grids add a patch; larger pictures the pipeline encodes in tiles.
+        small = side + patch <= pipe.vae.tile_sample_min_size
+        picture = Picture(side, tile, STEPS) if small else None
+    return Settings(
+        limits,
+        checked,
+        precision=args.precision,
+        opset=args.opset,
+        check=args.check is not False,
+        device=args.device,
+        picture=picture,
+        targets=targets(args),
+    )
+
+
+def targets(args: argparse.Namespace) -> list[Target]:
+    """What engines the arguments ask for."""
+    workspace = None if args.workspace is None else int(args.workspace * 2**30)
+    wanted = [Target("tensorrt", (), workspace)] if args.trt else []
+    return wanted + ([Target("tensorrt_rtx", args.sm, workspace)] if args.trt_rtx else [])
