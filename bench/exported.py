@@ -9,10 +9,11 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
+from export.engines import Target, build_engine, gpu
 from export.graphs import Conditioner, Denoiser, Graph, traceable
 from export.libraries import ExportError, library
 from export.onnx_export import Limits, export_onnx
-from export.runtime import Session
+from export.sessions import EngineSession, Session
 from mimdit.condition import Condition
 from mimdit.errors import first_line
 from mimdit.mim import Routing
@@ -75,8 +76,8 @@ def onnxruntime(model: MiMDiTTransformer2DModel, like: Tensor) -> Calls:
             cannot run.
     """
 
-    def load(path: Path, graph: Graph) -> Callable[..., Any]:
-        del graph
+    def load(path: Path, graph: Graph, limits: Limits) -> Callable[..., Any]:
+        del graph, limits
         return Session(path, model.device.type, torch.get_num_threads())
 
     return _calls(model, like, load, ("onnx", "onnxscript", "onnxruntime"))
@@ -90,23 +91,33 @@ def tensorrt(model: MiMDiTTransformer2DModel, like: Tensor) -> Calls:
     """
     if model.device.type != "cuda":
         raise LeftOutError(f"it needs a GPU, and the model is on {model.device}")
-    found = []
+    found: list[str] = []
     for name in ("tensorrt", "tensorrt_rtx"):
         try:
-            found.append(library(name))
+            library(name)
+            found.append(name)
         except ExportError:
             continue
     if not found:
         raise LeftOutError("neither tensorrt nor tensorrt_rtx can be imported")
-    return _calls(
-        model, like, lambda path, graph: _TensorRT(found[0], path, graph), ("onnx", "onnxscript")
-    )
+    name = found[0]
+
+    def load(path: Path, graph: Graph, limits: Limits) -> Callable[..., Any]:
+        here = gpu()
+        assert here is not None
+        # Only TensorRT-RTX builds for a GPU by its number.
+        capabilities = (here["capability"],) if name == "tensorrt_rtx" else ()
+        target = Target(name, capabilities)
+        engine = build_engine(path.parent, graph, limits, limits.side[1], target)
+        return EngineSession(path.parent / engine.file, name)
+
+    return _calls(model, like, load, ("onnx", "onnxscript"))
 
 
 def _calls(
     model: MiMDiTTransformer2DModel,
     like: Tensor,
-    load: Callable[[Path, Graph], Callable[..., Any]],
+    load: Callable[[Path, Graph, Limits], Callable[..., Any]],
     packages: tuple[str, ...],
 ) -> Calls:
     patch, batch = model.config["patch_size"], len(like)
@@ -121,7 +132,7 @@ def _calls(
             for graph in graphs:
                 with torch.device(model.device), traceable(pipe, batch * side**2):
                     export_onnx(graph, Path(folder), limits)
-            encoder, network = (load(Path(folder) / f"{g.name}.onnx", g) for g in graphs)
+            encoder, network = (load(Path(folder) / f"{g.name}.onnx", g, limits) for g in graphs)
     # Exporters and runtimes fail in many ways.
     except Exception as error:
         raise LeftOutError(first_line(error)) from error
@@ -146,41 +157,3 @@ def _calls(
         return torch.as_tensor(out["output"]).to(x)
 
     return encode, step
-
-
-class _TensorRT:
-    """One graph as an engine of fixed shapes; float32 tensors in and out, on the GPU."""
-
-    def __init__(self, trt: Any, path: Path, graph: Graph) -> None:
-        logger = trt.Logger(trt.Logger.ERROR)
-        builder = trt.Builder(logger)
-        flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-        network = builder.create_network(flags)
-        parser = trt.OnnxParser(network, logger)
-        # By path, so that weights beside the file are found.
-        if not parser.parse_from_file(str(path)):
-            raise LeftOutError(f"{graph.name}: TensorRT cannot parse it: {parser.get_error(0)}")
-        built = builder.build_serialized_network(network, builder.create_builder_config())
-        if built is None:
-            raise LeftOutError(f"{graph.name}: TensorRT cannot build it")
-        # Both must outlive the context.
-        self.runtime = trt.Runtime(logger)
-        self.engine = self.runtime.deserialize_cuda_engine(built)
-        self.context = self.engine.create_execution_context()
-        names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
-        shapes = {name: tuple(self.engine.get_tensor_shape(name)) for name in names}
-        self.outputs = {
-            name: torch.empty(shapes[name], device="cuda")
-            for name in names
-            if name in graph.outputs
-        }
-        self.inputs = [name for name in names if name not in self.outputs]
-
-    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
-        held = {name: inputs[name].cuda().contiguous() for name in self.inputs}
-        for name, tensor in (held | self.outputs).items():
-            self.context.set_tensor_address(name, tensor.data_ptr())
-        if not self.context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
-            raise RuntimeError("TensorRT: the engine did not run")
-        # The next call overwrites them.
-        return {name: tensor.clone() for name, tensor in self.outputs.items()}

@@ -23,7 +23,7 @@ from export.onnx_export import Limits, Written, export_onnx, input_shapes
 from export.pictures import Picture
 from mimdit.codec import codec_factor
 from mimdit.pipeline import MiMDiTPipeline
-from mimdit.planning import _MIN_TOKENS
+from mimdit.planning import MIN_TOKENS
 from mimdit.sampling import SHIFTS, grid_places
 
 PROMPTS, PARITY = "prompts.npz", "parity.json"
@@ -274,7 +274,7 @@ def _runtime(pipe: MiMDiTPipeline, scheduler: dict[str, float]) -> dict[str, Any
         "largest": int(codec.tile_sample_min_size) if vae else None,
         "patch_size": config["patch_size"],
         "sample_size": config["sample_size"],
-        "min_tokens": _MIN_TOKENS,
+        "min_tokens": MIN_TOKENS,
         "default_steps": pipe.config["default_steps"],
         "default_shifts": pipe.config["default_shifts"],
         "places": {str(n): grid_places(n, patch) for n in SHIFTS},

@@ -13,7 +13,7 @@ from mimdit.tiling import Tiling, plan_tiles
 from mimdit.transformer import MiMDiTTransformer2DModel
 
 # Smaller pictures are padded up to this many tokens a side: no model saw such small grids.
-_MIN_TOKENS = 16
+MIN_TOKENS = 16
 # Tokens along the smallest tile that is tried.
 _LEAST_TILE = 8
 # Of a GPU's free memory, so much may be planned for; the rest is for fragments and other programs.
@@ -106,7 +106,7 @@ def make_plan(
     """
     factor, patch = codec_factor(codec), model.config["patch_size"]
     token = factor * patch
-    plane = tuple(max(-(-n // token), _MIN_TOKENS) * patch for n in size)
+    plane = tuple(max(-(-n // token), MIN_TOKENS) * patch for n in size)
     free = free_memory(device)
     wanted = wish.batch
     tile = wish.tile or model.config["sample_size"] * factor
