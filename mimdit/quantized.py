@@ -82,7 +82,7 @@ class QuantizedLinear:
         with torch.no_grad():
             rows = torch.cat(tuple(layer.weight for layer in plain))
             self.weight, self.scale = quantize_rows(rows, dtype)
-            biases = [layer.bias for layer in plain if layer.bias is not None]
+            biases: list[Tensor] = [layer.bias for layer in plain if layer.bias is not None]
             self.bias = torch.cat(biases).detach() if len(biases) == len(plain) else None
 
     def __call__(self, x: Tensor) -> Tensor:

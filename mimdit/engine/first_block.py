@@ -40,7 +40,10 @@ class Parts:
         """Output tokens of image tokens x [B,N,D], modulation [B,total] and text [B,T,D]."""
         opened, words = self.head(x, flat, text)
         first = opened - x
-        if kept.first is None or kept.rest is None or _changed(first, kept.first, self.threshold):
+        # The decorator hides the signature.
+        if (
+            kept.first is None or kept.rest is None or _changed(first, kept.first, self.threshold)  # pyright: ignore[reportCallIssue]
+        ):
             kept.first, kept.rest = first, self.tail(opened, flat, words) - opened
         else:
             kept.skipped += 1
