@@ -55,7 +55,7 @@ def optimizers(
 
 def _adam8bit(trained: list[nn.Parameter], rate: float, decay: float) -> Optimizer:
     try:
-        from bitsandbytes.optim import Adam8bit
+        from bitsandbytes.optim import Adam8bit  # pyright: ignore[reportMissingImports]
     # Builds for another CUDA version fail with other errors than a missing package does.
     except Exception as error:
         raise ValueError(
