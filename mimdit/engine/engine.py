@@ -146,8 +146,6 @@ class Engine:
         if self.quantize is not None:
             check_quantization(self.quantize, self.model.device)
             self._mixtures = quantized_mixtures(self.model.mim, KINDS[self.quantize])
-        else:
-            self._mixtures: Callable[..., Any] = self.model.mim
         modules = [cast(JointTransformerBlock, block) for block in self.model.transformer_blocks]
         self.blocks = [self.block(block, self._joined, self._alone) for block in modules]
         self.modulator = Modulator(self.model)
@@ -187,6 +185,8 @@ class Engine:
         self, z: Tensor, grid: tuple[int, int], layers: slice, routing: Routing | None = None
     ) -> tuple[Tensor, Routing]:
         """As the model's `mim`."""
+        if self.quantize is None:
+            return self.model.mim(z, grid, layers, routing)
         with self._lock:
             self._refresh()
             run = self._mixtures

@@ -109,7 +109,7 @@ def test_a_shape_is_captured_once(captures: list[Graphed]) -> None:
     # In place: the graph reads the same weights. Replaced: it must not be used again.
     weight = model.transformer_blocks[0].attn.to_v.weight
     weight.mul_(1.5)
-    assert relative(sampled(model, 1, 3), found[0]) > 1e-4
+    assert relative(sampled(model, 1, 3), found[0]) > 1e-3
     assert len(captures) == 2
     model.transformer_blocks[0].attn.to_v.weight = torch.nn.Parameter(weight / 1.5)
     assert relative(sampled(model, 1, 3), found[0]) < 1e-5
@@ -215,7 +215,7 @@ def test_a_copy_of_an_accelerated_model_is_accelerated() -> None:
     assert other.engine is not None and other.engine is not model.engine
     assert torch.equal(sampled(other, 0, 2), wanted)
     other.transformer_blocks[0].attn.to_v.weight.mul_(1.5)
-    assert relative(sampled(other, 0, 2), wanted) > 1e-4
+    assert relative(sampled(other, 0, 2), wanted) > 1e-3
     assert torch.equal(sampled(model, 0, 2), wanted)
 
 

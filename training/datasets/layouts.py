@@ -93,11 +93,7 @@ def uhdll(path: Path, split: str | None) -> Listing:
         folder = child(path, name)
         if folder is None or split not in (None, part):
             continue
-        damaged, clean = child(folder, "input"), child(folder, "gt")
-        if damaged is None or clean is None:
-            parts.append(_lacks(folder, "input and gt"))
-        else:
-            parts.append(match(damaged, clean, name, ("low_light",), f"{name}/"))
+        parts.append(_halves(folder, "gt", name, "low_light", f"{name}/"))
         parts.append(Listing(published={name: count}))
     return Listing.merge(parts)
 
@@ -112,12 +108,8 @@ def realrain(path: Path, split: str | None) -> Listing:
             half = child(folder, part)
             if half is None or split not in (None, part):
                 continue
-            damaged, clean = child(half, "input"), child(half, "target")
             group = folder.name if split else f"{folder.name}/{part}"
-            if damaged is None or clean is None:
-                parts.append(_lacks(half, "input and target"))
-            else:
-                parts.append(match(damaged, clean, group, ("rain",), f"{folder.name}/{part}/"))
+            parts.append(_halves(half, "target", group, "rain", f"{folder.name}/{part}/"))
             parts.append(Listing(published={group: count}))
     return Listing.merge(parts)
 
@@ -210,6 +202,14 @@ def _row(name: str) -> str:
 def _kinds_of(row: str) -> tuple[str, ...]:
     known = {name.lower(): kinds for name, kinds in FOUNDIR_TYPES.items()}
     return known.get(row.lower(), ())
+
+
+def _halves(folder: Path, original: str, group: str, kind: str, prefix: str) -> Listing:
+    """Pairs of a folder's `input` and `original`, or that one of them lacks."""
+    damaged, clean = child(folder, "input"), child(folder, original)
+    if damaged is None or clean is None:
+        return _lacks(folder, f"input and {original}")
+    return match(damaged, clean, group, (kind,), prefix)
 
 
 def _lacks(path: Path, expected: str) -> Listing:
