@@ -4,11 +4,12 @@ x_t = (1−t)·x0 + t·ε with t from 0 (picture) to 1 (noise); velocity v = ε 
 """
 
 import math
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mimdit.spectrum import reshape_spectrum
 
 PREDICTION_TYPES = ("velocity", "sample", "residual", "log_affine")
 
@@ -24,9 +25,11 @@ def check_channels(prediction_type: str, latent: int, output: int) -> None:
         side = math.isqrt(latent // _COLOURS)
         if latent != _COLOURS * side**2:
             raise ValueError(f"in_channels: expected 3·f² (unshuffled pixels), got {latent}")
-        plain, full = latent + _COLOURS, latent + _COLOURS * (1 + len(_SIGMAS))
-        if output not in (plain, full):
-            raise ValueError(f"out_channels: expected {plain} or {full}, got {output}")
+        plain = latent + _COLOURS
+        if output not in (plain, plain + 2 * latent):
+            raise ValueError(
+                f"out_channels: expected {plain} or {plain + 2 * latent}, got {output}"
+            )
 
 
 def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -97,9 +100,8 @@ def to_velocity(
       c, white at 1, three more channels G (a colour each), and a = t/√n:
       c(x̂0) − 1 = (y + a·F)·e^(a·G). Haze and darkness are then undone by smooth F and G at full
       detail, where a residual alone would have to carry the detail of the whole picture through the
-      network. With six channels S more, y + (a/s)·Σ S_i·y_i takes the place of y, where y_i are the
-      differences of y and ever smoother copies of it: S_i = −1 removes a band of detail, as in
-      noise, S_i > 0 sharpens it.
+      network. With 2·c channels more the mean first goes through `reshape_spectrum` with strength
+      a/s, which smooths and sharpens.
     """
     if prediction_type == "velocity":
         return output
@@ -114,34 +116,20 @@ def to_velocity(
         return v - output / n.sqrt()
     side = math.isqrt(x_t.shape[1] // _COLOURS)
     a = t / n.sqrt()
-    residual, gains = output.split([x_t.shape[1], output.shape[1] - x_t.shape[1]], 1)
-    # One map [B,3,H,W] for the tone and one for each band, in pixels.
-    gain, *sharpen = F.interpolate(gains, scale_factor=side, mode="bilinear").split(_COLOURS, 1)
+    latent = x_t.shape[1]
+    residual, gain, controls = output.split(
+        [latent, _COLOURS, output.shape[1] - latent - _COLOURS], 1
+    )
     mean = F.pixel_shuffle(_mean(x_t, t, z_lq, damage_std), side)
-    y = _compand(mean) - 1
-    detail = sum(s * b for s, b in zip(sharpen, _bands(y), strict=False))
-    y = y + a / damage_std * detail + a * F.pixel_shuffle(residual, side)
+    clear = reshape_spectrum(mean, controls, a / damage_std) if controls.shape[1] else mean
+    y = _compand(clear) - 1 + a * F.pixel_shuffle(residual, side)
+    # [B,3,H,W] in pixels.
+    gain = F.interpolate(gain, scale_factor=side, mode="bilinear")
     corrected = _expand(1 + y * (a * gain).exp())
     return v - F.pixel_unshuffle(corrected - mean, side) / t
 
 
-# Standard deviations in pixels of the copies whose differences are the bands of detail.
-_SIGMAS = (0.8, 2.0)
 _COLOURS = 3
-
-
-def _bands(y: Tensor) -> list[Tensor]:
-    """y [B,3,H,W] minus its smoothed copy, and that minus the next smoother one."""
-    copies = [y]
-    for sigma in _SIGMAS:
-        reach = math.ceil(3 * sigma)
-        place = torch.arange(-reach, reach + 1, device=y.device, dtype=y.dtype)
-        weights = torch.exp(-0.5 * (place / sigma) ** 2)
-        weights = (weights / weights.sum()).expand(y.shape[1], 1, 1, -1)
-        padded = F.pad(y, (reach, reach, reach, reach), mode="replicate")
-        across = F.conv2d(padded, weights, groups=y.shape[1])
-        copies.append(F.conv2d(across, weights.transpose(2, 3), groups=y.shape[1]))
-    return [fine - coarse for fine, coarse in pairwise(copies)]
 
 
 def loss_weight(prediction_type: str, t: Tensor, damage_std: float) -> Tensor:

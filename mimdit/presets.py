@@ -25,7 +25,7 @@ _SD35: dict[str, Any] = {
 _PIXEL: dict[str, Any] = {
     "patch_size": 2,
     "in_channels": 48,
-    "out_channels": 57,
+    "out_channels": 147,
     "prediction_type": "log_affine",
     "pooled_condition": True,
     "prompts": ("empty",),

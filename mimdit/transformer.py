@@ -310,7 +310,9 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
             pooled_projections,
             joint_attention_kwargs,
         )
-        v = flow.to_velocity(kind, output.to(hidden_states.dtype), hidden_states, t, lq, std)
+        # Autocast, where it is on, would round pictures to bfloat16.
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            v = flow.to_velocity(kind, output.to(hidden_states.dtype), hidden_states, t, lq, std)
         return Transformer2DModelOutput(sample=v) if return_dict else (v,)
 
     @torch.no_grad()

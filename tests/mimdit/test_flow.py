@@ -1,7 +1,5 @@
 import pytest
 import torch
-import torch.nn.functional as F
-from scipy.ndimage import gaussian_filter
 
 from mimdit import flow
 
@@ -33,36 +31,11 @@ def test_log_affine_is_affine_about_white_on_a_logarithmic_scale(t: float) -> No
     seen = flow.network_input("log_affine", x_t, time, z, 0.4)  # 2·c − 1
     factor = (gain * a).exp().repeat_interleave(16, 1)
     wanted = 1 + ((seen - 1) / 2 + residual * a) * factor
-    none = torch.zeros(2, 6, 8, 8, dtype=torch.float64)
-    for rest in ([], [none]):
-        output = torch.cat([residual, gain, *rest], 1)
-        v = flow.to_velocity("log_affine", output, x_t, time, z, 0.4)
-        found = (flow.observed("log_affine", x_t - t * v) + 1) / 2
-        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
-    zero = flow.to_velocity("log_affine", torch.zeros(2, 57, 8, 8), x_t, time, z, 0.4)
+    v = flow.to_velocity("log_affine", torch.cat([residual, gain], 1), x_t, time, z, 0.4)
+    found = (flow.observed("log_affine", x_t - t * v) + 1) / 2
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    zero = flow.to_velocity("log_affine", torch.zeros(2, 51, 8, 8), x_t, time, z, 0.4)
     torch.testing.assert_close(zero, flow.to_velocity("residual", 0 * z, x_t, time, z, 0.4))
-
-
-def test_gains_of_detail_smooth_and_sharpen() -> None:
-    plane = torch.rand(1, 3, 32, 40, dtype=torch.float64) * 1.8 - 0.9
-    z, one = F.pixel_unshuffle(plane, 4), torch.ones(1, dtype=torch.float64)
-
-    def restored(first: float, second: float) -> torch.Tensor:
-        output = torch.zeros(1, 57, 8, 10, dtype=torch.float64)
-        output[:, 51:54], output[:, 54:] = first, second
-        v = flow.to_velocity("log_affine", output, z, one, z, 0.4)
-        return F.pixel_shuffle(z - v, 4)
-
-    torch.testing.assert_close(restored(0, 0), plane)
-    roughness = [restored(s, s).diff(dim=-1).abs().mean() for s in (-1, -0.5, 0, 0.5)]
-    assert roughness == sorted(roughness) and roughness[0] < 0.3 * roughness[2]
-    # Without both bands the coarser copy is left: scipy's filter on the same scale.
-    seen = (flow.observed("log_affine", plane) + 1) / 2
-    kernel = {"sigma": (0, 0, 2.0, 2.0), "radius": (0, 0, 6, 6), "mode": "nearest"}
-    found = (flow.observed("log_affine", restored(-1, -1)) + 1) / 2
-    inner = (slice(None), slice(None), slice(9, -9), slice(9, -9))
-    smooth = torch.from_numpy(gaussian_filter(seen.numpy(), **kernel))
-    torch.testing.assert_close(found[inner], smooth[inner], rtol=0, atol=1e-6)
 
 
 def test_logarithmic_scale_keeps_black_and_white_and_tells_dark_tones_apart() -> None:

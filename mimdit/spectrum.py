@@ -1,0 +1,69 @@
+"""Gains and thresholds for the cosine coefficients of small blocks of a picture.
+
+Shrinkage of 8×8 cosine coefficients in overlapping blocks (Yu and Sapiro, "DCT image denoising",
+IPOL 2011), where a network says for every place, coefficient and colour what to keep. Noise is
+thousands of small coefficients, rain a few large ones, blur a want of high ones: what would fill a
+network that has to draw the correction takes it two numbers a coefficient.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# A threshold at raw value 0, for pixels from −1 to 1: too small to be seen.
+_LEAST = 0.01
+# Brightness and two differences of colour, orthonormal: noise is even in them, detail is not.
+_OPPONENT = ((1.0, 1.0, 1.0), (1.0, 0.0, -1.0), (1.0, -2.0, 1.0))
+
+
+def reshape_spectrum(pixels: Tensor, controls: Tensor, strength: Tensor) -> Tensor:
+    """Every coefficient k of every block becomes k·e^(s·g)/(1 + (s·h/k)⁴), the mean one stays.
+
+    pixels: [B,3,H,W] from −1 to 1. controls: [B,6f²,H/f,W/f] for an even number of cells of f×f
+    pixels along each axis, unshuffled in these cells: g, then ln(h/0.01), each 3 colours by a block
+    of 2×2 cells. Blocks overlap by a cell; one between others takes the mean of their controls.
+    strength: s [B,1,1,1]; at 0 the pixels come back.
+    """
+    side = pixels.shape[-1] // controls.shape[-1]
+    # [4f²,f²,2,2]: the transform of a block, from its four cells of f² channels.
+    basis = F.pixel_unshuffle(_cosines(2 * side, pixels), side)
+    mix = F.normalize(torch.tensor(_OPPONENT, device=pixels.device, dtype=pixels.dtype), dim=1)
+    planes = F.conv2d(pixels, mix[:, :, None, None])
+    planes = F.pad(planes, (side, side, side, side), mode="reflect").flatten(0, 1)[:, None]
+    # [B·3,4f²,H/f+1,W/f+1]: a block at every corner of a cell.
+    found = F.conv2d(F.pixel_unshuffle(planes, side), basis)
+    gain, threshold = (x.reshape(found.shape) for x in _of_blocks(controls, side).chunk(2, dim=1))
+    # The first coefficient of a block is its mean.
+    others = torch.ones(len(basis), 1, 1, device=pixels.device, dtype=pixels.dtype)
+    others[0] = 0
+    scale = others * strength.repeat_interleave(3, dim=0)
+    ratio = (scale * _LEAST).square() * (2 * threshold).exp() / (found.square() + 1e-6)
+    found = found * (scale * gain).exp() / (1 + ratio.square())
+    # Each pixel lies in four blocks.
+    planes = F.pixel_shuffle(F.conv_transpose2d(found, basis), side) / 4
+    planes = planes[:, 0, side:-side, side:-side].reshape(pixels.shape)
+    return F.conv2d(planes, mix.T[:, :, None, None])
+
+
+def _of_blocks(controls: Tensor, side: int) -> Tensor:
+    """[B,6f²,h,w] to one value a coefficient and block, [B,6·4f²,h+1,w+1]."""
+    own = F.pixel_unshuffle(F.pixel_shuffle(controls, side), 2 * side)
+    return _with_means(_with_means(own, 2), 3)
+
+
+def _with_means(x: Tensor, dim: int) -> Tensor:
+    """n values along an axis and the means between them: 2n + 1, the ends repeated."""
+    first, last = x.narrow(dim, 0, 1), x.narrow(dim, -1, 1)
+    means = (torch.cat([first, x], dim) + torch.cat([x, last], dim)) / 2
+    pairs = torch.stack([means.narrow(dim, 0, x.shape[dim]), x], dim + 1)
+    return torch.cat([pairs.flatten(dim, dim + 1), last], dim)
+
+
+def _cosines(size: int, like: Tensor) -> Tensor:
+    """The orthonormal cosine transform of blocks [size,size] as filters [size²,1,size,size]."""
+    place = torch.arange(size, device=like.device, dtype=like.dtype)
+    wave = torch.cos(math.pi / size * (place + 0.5) * place[:, None]) * math.sqrt(2 / size)
+    wave = torch.cat([wave[:1] / math.sqrt(2), wave[1:]])
+    return torch.einsum("ax,by->abxy", wave, wave).reshape(size**2, 1, size, size)

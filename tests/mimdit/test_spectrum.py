@@ -1,0 +1,101 @@
+"""Gains and thresholds of cosine coefficients, against scipy block by block."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.fft import dctn, idctn
+
+from mimdit import flow
+from mimdit.spectrum import reshape_spectrum
+
+MIX = torch.tensor([[1, 1, 1], [1, 0, -1], [1, -2, 1]], dtype=torch.float64)
+MIX = MIX / MIX.norm(dim=1, keepdim=True)
+
+
+def expected(
+    pixels: torch.Tensor, gain: torch.Tensor, threshold: torch.Tensor, strength: float, side: int
+) -> torch.Tensor:
+    """One picture [3,H,W]; gain and threshold [3,2·side,2·side,h/2,w/2] by block."""
+    height, width = pixels.shape[1:]
+    size = 2 * side
+    planes = torch.einsum("oc,chw->ohw", MIX, pixels)
+    planes = F.pad(planes[None], (side,) * 4, mode="reflect")[0].numpy()
+    out, count = torch.zeros(3, *planes.shape[1:], dtype=torch.float64), 0 * planes[0]
+
+    def among(values: torch.Tensor, i: int, j: int) -> torch.Tensor:
+        # Cells of the block with corner (i − 1, j − 1) in cells, each of the nearest whole block.
+        rows = [min(max(k, 0), height // side - 1) // 2 for k in (i - 1, i)]
+        columns = [min(max(k, 0), width // side - 1) // 2 for k in (j - 1, j)]
+        return sum(values[..., r, c] for r in rows for c in columns) / 4
+
+    for i in range(height // side + 1):
+        for j in range(width // side + 1):
+            place = (slice(i * side, i * side + size), slice(j * side, j * side + size))
+            count[place] += 1
+            for colour in range(3):
+                found = torch.from_numpy(dctn(planes[colour][place], norm="ortho"))
+                g, h = (among(x[colour], i, j) for x in (gain, threshold))
+                ratio = (strength * 0.01 * h.exp()) ** 2 / (found**2 + 1e-6)
+                kept = found * (strength * g).exp() / (1 + ratio**2)
+                kept[0, 0] = found[0, 0]
+                out[colour][place] += torch.from_numpy(idctn(kept.numpy(), norm="ortho"))
+    inner = (slice(side, -side), slice(side, -side))
+    assert (count[inner] == 4).all()
+    return torch.einsum("oc,ohw->chw", MIX, out[:, *inner] / 4)
+
+
+@pytest.mark.parametrize(("side", "cells"), [(4, (4, 6)), (2, (2, 4)), (4, (2, 2))])
+def test_equals_scipys_transform_of_every_block(side: int, cells: tuple[int, int]) -> None:
+    h, w = cells
+    pixels = torch.rand(2, 3, h * side, w * side, dtype=torch.float64) * 2 - 1
+    gain, threshold = torch.randn(
+        2, 2, 3, 2 * side, 2 * side, h // 2, w // 2, dtype=torch.float64
+    ) + torch.tensor([0.0, 3.0], dtype=torch.float64).reshape(2, 1, 1, 1, 1, 1, 1)
+    # [B,3,a,b,h/2,w/2] → pixels of each block → cells
+    parts = [
+        F.pixel_unshuffle(F.pixel_shuffle(x.flatten(1, 3), 2 * side), side)
+        for x in (gain, threshold)
+    ]
+    strength = torch.tensor([1.0, 0.3], dtype=torch.float64)
+    found = reshape_spectrum(pixels, torch.cat(parts, 1), strength.reshape(2, 1, 1, 1))
+    for b in range(2):
+        wanted = expected(pixels[b], gain[b], threshold[b], float(strength[b]), side)
+        torch.testing.assert_close(found[b], wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_strength_zero_is_the_identity_and_raw_zero_is_invisible() -> None:
+    pixels = torch.rand(1, 3, 32, 48, dtype=torch.float64) * 2 - 1
+    controls = torch.randn(1, 96, 8, 12, dtype=torch.float64)
+    same = reshape_spectrum(pixels, controls, torch.zeros(1, 1, 1, 1, dtype=torch.float64))
+    torch.testing.assert_close(same, pixels)
+    nearly = reshape_spectrum(pixels, 0 * controls, torch.ones(1, 1, 1, 1, dtype=torch.float64))
+    assert (nearly - pixels).abs().max() < 1 / 255
+
+
+def test_one_threshold_removes_white_noise_and_keeps_edges() -> None:
+    clean = torch.zeros(1, 3, 64, 64) - 0.5
+    clean[..., 13:50, 21:44] = 0.5
+    noisy = clean + 0.2 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    controls = torch.zeros(1, 96, 16, 16)
+    controls[:, 48:] = math.log(0.5 / 0.01)
+    found = reshape_spectrum(noisy, controls, torch.ones(1, 1, 1, 1))
+    assert (found - clean).square().mean() < 0.25 * (noisy - clean).square().mean()
+
+
+@pytest.mark.parametrize("t", [1e-3, 0.3, 1.0])
+def test_as_part_of_the_prediction_it_fades_with_t(t: float) -> None:
+    x_t, z = torch.rand(2, 2, 48, 8, 8, dtype=torch.float64) * 1.6 - 0.8
+    output = torch.zeros(2, 147, 8, 8, dtype=torch.float64)
+    output[:, 51:] = torch.randn(2, 96, 8, 8, dtype=torch.float64) + 1
+    time = torch.full((2,), t, dtype=torch.float64)
+    root = ((1 - t) ** 2 + (t / 0.4) ** 2) ** 0.5
+    mean = ((1 - t) * x_t + (t / 0.4**2) * t * z) / root**2
+    wanted = reshape_spectrum(
+        F.pixel_shuffle(mean, 4),
+        output[:, 51:],
+        torch.full((2, 1, 1, 1), t / root / 0.4, dtype=torch.float64),
+    )
+    v = flow.to_velocity("log_affine", output, x_t, time, z, 0.4)
+    torch.testing.assert_close(F.pixel_shuffle(x_t - t * v, 4), wanted, rtol=1e-9, atol=1e-9)
