@@ -121,8 +121,9 @@ def ablations(model: MiMDiTTransformer2DModel, like: Tensor) -> tuple[list[Varia
     found = [
         whole,
         replace(_engine(model, "conditioning in every step"), cached=False),
-        _engine(model, "keys and values in every step", block=WithoutKeysOnce),
-        _engine(model, "queries of conditioning tokens", block=WithDeadQueries),
+        _engine(model, "keys and values block by block", together=False),
+        _engine(model, "keys and values in every step", block=WithoutKeysOnce, together=False),
+        _engine(model, "queries of conditioning tokens", block=WithDeadQueries, together=False),
         _engine(model, "concatenation, no joint buffers", block=WithoutBuffers),
         replace(_engine(model, "no table of modulations"), sampling=lambda _: nullcontext()),
         _inside(_engine(model, "mixtures layer by layer"), lambda: layer_by_layer(model)),

@@ -1,7 +1,8 @@
 """Training data a second and core: `python -m bench.data`.
 
 For every damage, how many finished pairs a core makes: a clean crop from a photograph in memory,
-damaged, rounded to 8 bits, as tensors. Then what a crop costs out of large files, beside decoding
+damaged, rounded to 8 bits, as tensors; and of the pairs that `mimdit-train` draws without data,
+nearly half of which are drawn scenes. Then what a crop costs out of large files, beside decoding
 them whole. CPU time of one thread is counted, so other work on the machine does not matter, and
 as many loader workers as cores make that many times more. Exits with 1 where a damage is slower
 than --least.
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from training.batches import DrawnPairs
 from training.data import clean_crop, photographs, stored, tensor
 from training.datasets.reading import PictureFile
 from training.degrade import FOUNDIR_TYPES, KINDS, degrade, kinds_of, sample_kinds
@@ -61,6 +63,9 @@ def damages(size: int, seconds: float, types: Sequence[str] | None = None) -> li
     if types is None:
         mixture = rate(lambda rng: pair(sample_kinds(rng), rng), 4 * seconds, 100)
         rows.append({"what": "training mixture", "rate": mixture})
+        drawn = DrawnPairs(size)
+        mixture = rate(lambda rng: drawn[int(rng.integers(1 << 31))], 4 * seconds, 100)
+        rows.append({"what": "training mixture with drawn scenes", "rate": mixture})
         rows.append({"what": "clean crops alone", "rate": rate(crop, seconds)})
         scenes = rate(lambda rng: procedural(size, rng), seconds)
         rows.append({"what": "drawn scenes alone", "rate": scenes})

@@ -25,7 +25,7 @@ from mimkernels.explain import recorded
 
 # Operators that neither are views nor launch anything.
 _FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach"}
-_FREE |= {"alias", "_unsafe_view", "_reshape_alias", "lift_fresh"}
+_FREE |= {"alias", "_unsafe_view", "_reshape_alias", "lift_fresh", "promote_types"}
 
 
 class _Operators(TorchDispatchMode):

@@ -1,6 +1,7 @@
 """`mimdit-export`: a model as a folder of graphs that restores pictures without it."""
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -18,6 +19,9 @@ from mimdit.errors import first_line
 
 if TYPE_CHECKING:
     from export.folder import Export
+
+# A disk, the limit of a process or, where the system has them, a quota that is full.
+_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             traceback.print_exc()
-        print(f"mimdit-export: {first_line(error)}", file=sys.stderr)
+        print(f"mimdit-export: {_sentence(error, args.out or args.model)}", file=sys.stderr)
         return 1
     print(table(done))
     if not done.passed:
@@ -49,6 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = "wrote" if args.out is not None else "checked"
     print(f"{verb} {done.folder}{'' if done.checks else ', not checked'}")
     return 0
+
+
+def _sentence(error: Exception, place: Path | str) -> str:
+    """What went wrong; of a full disk the system says neither what did not fit nor what is left."""
+    if isinstance(error, OSError) and error.errno in _FULL:
+        got = os.strerror(error.errno)
+        return f"{place}: expected room for all of its files, got {got!r}; nothing was written"
+    return first_line(error)
 
 
 def export(args: argparse.Namespace, progress: Callable[[str], None]) -> "Export":

@@ -110,10 +110,12 @@ def build_engine(
     # By path, so that weights beside the file are found.
     if not parser.parse_from_file(str(folder / f"{graph.name}.onnx")):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        node = errors[0].node_name() if errors else ""
-        reason = first_line(Exception(errors[0].desc())) if errors else logger.reason()
-        name = NAMES[target.library]
-        raise ExportError(f"{graph.name}: {name} cannot parse {node or 'the file'}: {reason}")
+        first = errors[0] if errors else None
+        # A file that is no graph has no nodes.
+        named = first is not None and first.node_name()
+        node = f"{first.node_operator()} {named}" if first and named else "the file"
+        reason = first_line(Exception(first.desc())) if first else logger.reason()
+        raise ExportError(f"{graph.name}: {NAMES[target.library]} cannot parse {node}: {reason}")
     _decompose_attention(trt, network)
     config = builder.create_builder_config()
     config.add_optimization_profile(

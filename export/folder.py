@@ -24,7 +24,6 @@ from export.pictures import Picture
 from mimdit.codec import codec_factor
 from mimdit.pipeline import MiMDiTPipeline
 from mimdit.planning import MIN_TOKENS
-from mimdit.sampling import SHIFTS, grid_places
 
 PROMPTS, PARITY = "prompts.npz", "parity.json"
 _LIBRARIES = (
@@ -266,7 +265,6 @@ def _scheduler(pipe: MiMDiTPipeline) -> dict[str, float]:
 def _runtime(pipe: MiMDiTPipeline, scheduler: dict[str, float]) -> dict[str, Any]:
     """What the runtime needs to know of the pipeline."""
     config, codec = pipe.transformer.config, pipe.vae
-    patch = codec_factor(codec) * config["patch_size"]
     vae = isinstance(codec, AutoencoderKL)
     return {
         "codec": "vae" if vae else "pixel",
@@ -277,7 +275,6 @@ def _runtime(pipe: MiMDiTPipeline, scheduler: dict[str, float]) -> dict[str, Any
         "min_tokens": MIN_TOKENS,
         "default_steps": pipe.config["default_steps"],
         "default_shifts": pipe.config["default_shifts"],
-        "places": {str(n): grid_places(n, patch) for n in SHIFTS},
         "prompts": list(config["prompts"]),
         "scheduler": scheduler,
     }

@@ -1,7 +1,9 @@
 """What an exported folder holds, and whether it still holds it."""
 
+import glob
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -105,7 +107,8 @@ def _same(folder: Path, field: str, expected: Any, got: Any) -> None:
 def finished_folder(target: Path) -> Iterator[Path]:
     """A folder to write into that becomes `target` at the end, whole or not at all.
 
-    It replaces an earlier export, but no folder of another kind.
+    It replaces an earlier export, but no folder of another kind. What a killed process left of its
+    own attempt goes first.
 
     Raises:
         ExportError: `target` is neither new, empty nor an export.
@@ -115,9 +118,15 @@ def finished_folder(target: Path) -> Iterator[Path]:
     if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
         raise ExportError(f"{target}: holds other files than an export; give another folder")
     target.parent.mkdir(parents=True, exist_ok=True)
+    for abandoned in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
+        lock = _lock(abandoned)
+        if lock is not None:
+            shutil.rmtree(abandoned, ignore_errors=True)
+            os.close(lock)
     # In the same folder, so that renaming moves no data.
     work = Path(tempfile.mkdtemp(".partial", f".{target.name}.", target.parent))
     work.chmod(0o755)
+    lock = _lock(work)
     try:
         yield work
         earlier = work.with_suffix(".earlier")
@@ -132,3 +141,24 @@ def finished_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(earlier, ignore_errors=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor that keeps a folder from others until this process ends or closes it.
+
+    None where another one has it, or where the system has no such locks.
+    """
+    try:
+        import fcntl
+
+        place = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(place)
+        return None
+    return place

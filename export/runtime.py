@@ -6,7 +6,7 @@ give equal pictures. Neither diffusers nor a module of the network is imported.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +20,11 @@ from tqdm import tqdm
 from export.backends import open_graphs
 from export.libraries import ExportError
 from export.manifest import verify
-from export.sessions import EngineSession, Session
-from mimdit.color import COLOR_FIXES, color_fix
+from export.sessions import AnySession
+from mimdit.color import color_fix
 from mimdit.inputs import Pictures, to_tensor
+from mimdit.options import check_options, grid_places
+from mimdit.tile_loop import TileLoop, pool_tiles
 from mimdit.tiling import Tiling, plan_tiles, reflect_pad
 
 # Conditioning tokens beyond this many bytes are computed anew in every step instead of kept.
@@ -49,83 +51,62 @@ class Restored(NamedTuple):
     routing: Routing
 
 
-@dataclass
-class _Denoiser:
-    """Velocity at (latents [B,c,h,w], time): tiles are blended; by default they share a routing."""
+@dataclass(frozen=True)
+class _Inputs:
+    """What the denoiser reads of the damaged tiles of a pass, where it runs."""
 
-    graphs: Mapping[str, Session | EngineSession]
-    z_lq: Tensor
-    tiling: Tiling
-    prompts: Sequence[tuple[Tensor, Tensor]]
-    guidance_scale: float
-    tile_batch: int
-    shared: bool
-    _means: dict[int, np.ndarray] = field(init=False, default_factory=dict)
-    _routings: dict[int, Routing] = field(init=False, default_factory=dict)
-    _kept: dict[int, Any] = field(init=False, default_factory=dict)
-    _bytes: int = field(init=False, default=0)
+    named: dict[str, Any]
+    bytes: int
 
-    def __post_init__(self) -> None:
-        """Means of the tiles; for a shared routing all have those of the picture."""
-        total, pictures = 0, len(self.z_lq)
-        for tiles in self.tiling.chunks(self.tile_batch):
-            means = self.graphs["pool"](z_lq=self.tiling.cut(self.z_lq, tiles))["means"]
-            layers, count, dim = means.shape
-            self._means[tiles.start] = means
-            total = total + means.reshape(layers, count // pictures, pictures, dim).sum(1)
-        if self.shared:
-            mean = total / len(self.tiling.corners)
-            for start, means in self._means.items():
-                self._means[start] = np.tile(mean, (1, means.shape[1] // pictures, 1))
 
-    @property
-    def routing(self) -> Routing:
-        """Of the B pictures, or where it is not shared of those of every tile, tile by tile."""
-        found = [self._routings[start] for start in sorted(self._routings)]
-        count = len(self.z_lq) if self.shared else None
-        return Routing(
-            *(
-                np.concatenate([getattr(r, name) for r in found], axis=1)[:, :count]
-                for name in ("inter", "intra", "index")
+def _denoiser(
+    graphs: Mapping[str, AnySession],
+    z_lq: Tensor,
+    tiling: Tiling,
+    prompts: Sequence[tuple[Tensor, Tensor]],
+    guidance_scale: float,
+    tile_batch: int,
+    shared: bool,
+) -> tuple[TileLoop[_Inputs], dict[int, tuple[np.ndarray, ...]]]:
+    """The graphs as a `TileLoop`; and inter [L,G], intra and index [L,G,k] that they will choose.
+
+    The latter by picture, or where the routing is not shared by tile and picture.
+    """
+
+    def pool(z_lq: Tensor) -> Tensor:
+        return torch.from_numpy(graphs["pool"](z_lq=z_lq)["means"])
+
+    def encode(z_lq: Tensor, rows: Tensor) -> _Inputs:
+        out = graphs["conditioner"](z_lq=z_lq, means=means[:, rows].numpy())
+        for place, row in enumerate(rows.tolist()):
+            chosen[row] = tuple(out[name][:, place] for name in ("inter", "intra", "index"))
+        resident = graphs["denoiser"].resident
+        named = {name: resident(out[name]) for name in ("tokens", "pooled")}
+        return _Inputs({"z_lq": z_lq, **named}, out["tokens"].nbytes)
+
+    def velocities(x: Tensor, t: Tensor, condition: _Inputs) -> list[Tensor]:
+        found = (
+            graphs["denoiser"](
+                x_t=x,
+                timestep=t.contiguous(),
+                **condition.named,
+                text=text.expand(len(x), -1, -1),
+                pooled_text=pooled.expand(len(x), -1),
             )
+            for text, pooled in prompts
         )
+        return [torch.from_numpy(out["velocity"]) for out in found]
 
-    def __call__(self, latents: Tensor, time: float) -> Tensor:
-        return self.tiling.blend(
-            lambda tiles: self._tiles(tiles, latents, time), latents, self.tile_batch
-        )
+    parts = (z_lq, tiling, tile_batch)
+    means = pool_tiles(pool, *parts, shared=shared)
+    chosen: dict[int, tuple[np.ndarray, ...]] = {}
+    options: dict[str, Any] = {"shared": shared, "keep": _CONDITION_BYTES}
+    return TileLoop(*parts, encode, velocities, guidance_scale, **options), chosen
 
-    def _tiles(self, tiles: slice, latents: Tensor, time: float) -> Tensor:
-        x, z_lq = self.tiling.cut(latents, tiles), self.tiling.cut(self.z_lq, tiles)
-        condition = self._condition(tiles, z_lq)
-        parts = [
-            torch.from_numpy(
-                self.graphs["denoiser"](
-                    x_t=x,
-                    timestep=torch.full((len(x),), time),
-                    z_lq=z_lq,
-                    **condition,
-                    text=text.expand(len(x), -1, -1),
-                    pooled_text=pooled.expand(len(x), -1),
-                )["velocity"]
-            )
-            for text, pooled in self.prompts
-        ]
-        if len(parts) == 1:
-            return parts[0]
-        return parts[1] + self.guidance_scale * (parts[0] - parts[1])
 
-    def _condition(self, tiles: slice, z_lq: Tensor) -> dict[str, Any]:
-        if tiles.start in self._kept:
-            return self._kept[tiles.start]
-        out = self.graphs["conditioner"](z_lq=z_lq, means=self._means[tiles.start])
-        self._routings[tiles.start] = Routing(out["inter"], out["intra"], out["index"])
-        resident = self.graphs["denoiser"].resident
-        found = {name: resident(out[name]) for name in ("tokens", "pooled")}
-        self._bytes += out["tokens"].nbytes
-        if self._bytes <= _CONDITION_BYTES:
-            self._kept[tiles.start] = found
-        return found
+def _routing(chosen: Mapping[int, tuple[np.ndarray, ...]]) -> Routing:
+    columns = (chosen[row] for row in sorted(chosen))
+    return Routing(*(np.stack(parts, axis=1) for parts in zip(*columns, strict=True)))
 
 
 class ExportedPipeline:
@@ -196,9 +177,11 @@ class ExportedPipeline:
         if num_inference_steps is None and shifts is None:
             shifts = settings["default_shifts"]
         shifts = 1 if shifts is None else shifts
-        places = self._check(steps, shifts, strength, color_fix, tile_batch or 1, output_type)
-        if routing not in ("picture", "tile"):
-            raise ValueError(f"routing: expected one of picture, tile, got {routing!r}")
+        if output_type != "np":
+            raise ValueError(f"output_type: expected np, got {output_type!r}")
+        check_options(
+            steps, shifts, strength, color_fix, tile, tile_overlap, tile_batch, routing, output_type
+        )
         if experts:
             raise ValueError(f"experts: expected none for an exported folder, got {experts}")
         damaged = to_tensor(image)
@@ -208,46 +191,29 @@ class ExportedPipeline:
             raise ValueError(f"image: expected 1 to {most} pictures at once, got {len(damaged)}")
         prompts = self._prompts(guidance_scale)
         sigmas = euler_sigmas(settings["scheduler"], steps)
+        places = grid_places(shifts, settings["factor"] * settings["patch_size"])
         images, taken = torch.zeros_like(damaged), None
         with tqdm(total=steps * len(places), **self._progress) as bar:
             for top, left in places:
-                moved = reflect_pad(damaged.flip(-2, -1), height + top, width + left).flip(-2, -1)
+                moved = reflect_pad(damaged, height + top, width + left, top, left)
                 z_lq = self._encode(moved)
                 tiling = self._tiling((z_lq.shape[-2], z_lq.shape[-1]), tile, tile_overlap)
-                batch = max(1, min(tile_batch or 1, self.limits["batch"][1] // len(damaged)))
+                most = max(1, self.limits["batch"][1] // len(damaged))
+                batch = tiling.even(min(tile_batch or 1, most))
                 shared = routing == "picture"
-                denoiser = _Denoiser(
+                velocity, chosen = _denoiser(
                     self.graphs, z_lq, tiling, prompts, guidance_scale, batch, shared
                 )
                 latents = torch.randn(z_lq.shape, generator=generator)
                 for now, then in pairwise(sigmas):
-                    time = float(now * settings["scheduler"]["train_steps"])
-                    latents = latents + float(then - now) * denoiser(latents, time)
+                    time = torch.tensor(float(now * settings["scheduler"]["train_steps"]))
+                    latents = latents + float(then - now) * velocity(latents, time)
                     bar.update()
-                taken = denoiser.routing if taken is None else taken
+                taken = _routing(chosen) if taken is None else taken
                 pixels = self._decode(latents) / 2 + 0.5
                 images += pixels[..., top : top + height, left : left + width] / len(places)
         assert taken is not None
         return Restored(_finish(images, damaged, strength, color_fix), taken)
-
-    def _check(
-        self, steps: int, shifts: int, strength: float, fix: str, batch: int, output_type: str
-    ) -> list[tuple[int, int]]:
-        """The grids' places, (down, right) in pixels, of arguments that are in range."""
-        places = self.settings["places"]
-        if steps < 1:
-            raise ValueError(f"num_inference_steps: expected at least 1, got {steps}")
-        if str(shifts) not in places:
-            raise ValueError(f"shifts: expected one of {', '.join(places)}, got {shifts}")
-        if not 0 <= strength <= 1:
-            raise ValueError(f"strength: expected 0 to 1, got {strength:g}")
-        if fix not in COLOR_FIXES:
-            raise ValueError(f"color_fix: expected one of {', '.join(COLOR_FIXES)}, got {fix!r}")
-        if batch < 1:
-            raise ValueError(f"tile_batch: expected 0 (automatic) or more, got {batch}")
-        if output_type != "np":
-            raise ValueError(f"output_type: expected np, got {output_type!r}")
-        return places[str(shifts)]
 
     def _prompts(self, scale: float) -> list[tuple[Tensor, Tensor]]:
         """Stored text of the one branch, or of the positive and the negative one."""

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from mimdit.engine import accelerate
     from mimdit.loading import load_pipeline
     from mimdit.pipeline import MiMDiTPipeline
+    from mimdit.restoration import restore
     from mimdit.sd35 import from_sd35
     from mimdit.transformer import MiMDiTTransformer2DModel
 
@@ -21,6 +22,7 @@ _HOMES = {
     "accelerate": "mimdit.engine",
     "from_sd35": "mimdit.sd35",
     "load_pipeline": "mimdit.loading",
+    "restore": "mimdit.restoration",
 }
 __all__ = [
     "MiMDiTPipeline",
@@ -29,6 +31,7 @@ __all__ = [
     "accelerate",
     "from_sd35",
     "load_pipeline",
+    "restore",
 ]
 
 

@@ -148,12 +148,12 @@ def compare_page(
     if before.shape != after.shape:
         raise ValueError(f"after: expected shape {before.shape}, got {after.shape}")
     height, width = before.shape[:2]
-    images = [_shrunk(pixels, _SIDE) for pixels in (before, after)]
+    images = [shrunk(pixels, _SIDE) for pixels in (before, after)]
     shown = images[0].size
     size = f"{width}×{height} pixels"
     if shown != (width, height):
         size += f", shown at {shown[0]}×{shown[1]}"
-    sources = [_uri(*_encoded(image, icc)) for image in images]
+    sources = [_uri(*encoded(image, icc)) for image in images]
     icon = _uri(_jpeg(_halves(*images), None, 80), "jpeg")
     name = html.escape(_readable(title))
     # Small pictures are enlarged, so that there is something to see.
@@ -249,7 +249,8 @@ def _link(path: str) -> str:
     return html.escape("./" + quote(path.encode("utf-8", "surrogateescape")))
 
 
-def _shrunk(pixels: np.ndarray, side: int) -> Image.Image:
+def shrunk(pixels: np.ndarray, side: int) -> Image.Image:
+    """Float [H,W,3] in [0,1] as 8 bits, of at most `side` pixels a side."""
     whole = np.empty(pixels.shape, np.uint8)
     # Some rows at a time: large pictures fill memory as it is.
     for row in range(0, len(pixels), 256):
@@ -271,8 +272,11 @@ def _halves(before: Image.Image, after: Image.Image) -> Image.Image:
     return small
 
 
-def _encoded(image: Image.Image, icc: bytes | None) -> tuple[bytes, str]:
-    """A file of the picture and its kind."""
+def encoded(image: Image.Image, icc: bytes | None) -> tuple[bytes, str]:
+    """A file of the picture and its kind: exact where it is small, else a good JPEG.
+
+    icc: the colour profile of the file it came from.
+    """
     # A profile of gray or CMYK does not describe these pixels.
     icc = icc if icc is not None and icc[16:20] == b"RGB " else None
     if image.width * image.height > _EXACT:

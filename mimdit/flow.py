@@ -98,7 +98,7 @@ def to_velocity(
       v = (x_t − x̂0)/t the division by t cancels, so small t magnifies nothing.
     - "log_affine": for unshuffled pixels. With y = c(mean) − 1 on a logarithmic scale of brightness
       c, white at 1, three more channels G (a colour each), and a = t/√n:
-      c(x̂0) − 1 = (y + a·F)·e^(a·G). Haze and darkness are then undone by smooth F and G at full
+      c(x̂0) − 1 = (y + a·F)·e^(a·G), within bounds that no picture reaches. Haze and darkness are then undone by smooth F and G at full
       detail, where a residual alone would have to carry the detail of the whole picture through the
       network. With 2·c channels more the mean first goes through `reshape_spectrum` with strength
       a/s, which smooths and sharpens.
@@ -125,11 +125,13 @@ def to_velocity(
     y = _compand(clear) - 1 + a * F.pixel_shuffle(residual, side)
     # [B,3,H,W] in pixels.
     gain = F.interpolate(gain, scale_factor=side, mode="bilinear")
-    corrected = _expand(1 + y * (a * gain).exp())
+    corrected = _expand((1 + y * (a * gain).exp()).clamp(*_SPAN))
     return v - F.pixel_unshuffle(corrected - mean, side) / t
 
 
 _COLOURS = 3
+# Of c(x̂0): wide enough for what noise adds to pictures from 0 to 1, and no weights explode.
+_SPAN = (-1.0, 1.25)
 
 
 def loss_weight(prediction_type: str, t: Tensor, damage_std: float) -> Tensor:

@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from mimdit.colour_space import SPACES, to_srgb
 from mimdit.deep_colour import deep_planes, encode_deep_png, encode_deep_tiff, xmp_chunk
+from mimdit.errors import first_line
 from mimdit.metadata import look, metadata_options, read_metadata
 
 WRITE_FORMATS = (
@@ -109,7 +110,7 @@ def read_picture(path: str | Path) -> Picture:
     # The decoders let many types through on damaged data: OSError, SyntaxError, struct.error ...
     except Exception as error:
         raise PictureError(
-            f"{path}: damaged or truncated ({_one_line(error)}); copy or download it again"
+            f"{path}: damaged or truncated ({_reason(error)}); copy or download it again"
         ) from error
 
 
@@ -175,7 +176,7 @@ def write_picture(
         options, lost = metadata_options(kind, like.exif, like.xmp, like.dpi)
         write_bytes(path, _encode(pixels, kind, icc, options, quality))
     except (OSError, ValueError, RuntimeError) as error:
-        raise PictureError(f"{path}: cannot be written ({_one_line(error)})") from error
+        raise PictureError(f"{path}: cannot be written ({_reason(error)})") from error
     return (*notes, *lost)
 
 
@@ -343,7 +344,6 @@ def _encode(
     return buffer.getvalue()
 
 
-def _one_line(error: Exception) -> str:
-    """The first line of an error, without a full stop, or its type where it has no text."""
-    text = str(error).strip()
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
+def _reason(error: Exception) -> str:
+    """The first line of an error as part of a sentence."""
+    return first_line(error).rstrip(".")

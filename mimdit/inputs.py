@@ -7,6 +7,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+# The value of white by kind and bytes of whole numbers, in any byte order.
+_TOPS = {("u", 1): 255, ("u", 2): 65535}
 Pictures = Image.Image | np.ndarray | Tensor | Sequence[Image.Image] | Sequence[np.ndarray]
 
 
@@ -55,7 +57,9 @@ def _array(image: Image.Image) -> np.ndarray:
 
 def _from_array(image: np.ndarray) -> Tensor:
     """Floats of any array; those of a float32 array are shared, not copied."""
-    top = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}.get(image.dtype, 1)
+    if image.dtype.kind in "iu" and (image.dtype.kind, image.itemsize) not in _TOPS:
+        raise ValueError(f"image: expected uint8, uint16 or floats in [0, 1], got {image.dtype}")
+    top = _TOPS.get((image.dtype.kind, image.itemsize), 1)
     if image.dtype == np.float32 and image.flags.writeable and min(image.strides, default=1) > 0:
         return torch.from_numpy(image)
     values = torch.from_numpy(np.array(image, dtype=np.float32))

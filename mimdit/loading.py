@@ -9,6 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from mimdit.codec import PixelCodec
 from mimdit.pipeline import MiMDiTPipeline
 from mimdit.transformer import MiMDiTTransformer2DModel
+from mimdit.vetting import check_folder
 
 # Folders of trained models that come with the package.
 WEIGHTS = Path(__file__).parent / "weights"
@@ -43,6 +44,8 @@ def load_pipeline(model: str, device: str = "cpu", precision: str | None = None)
         raise ValueError(f"no such model folder; expected {names}")
     if Path(folder).is_dir() and not (Path(folder) / "model_index.json").is_file():
         raise ValueError("not a model folder, it has no model_index.json")
+    if Path(folder).is_dir():
+        check_folder(Path(folder))
     options: dict[str, Any] = {"dtype": PRECISIONS[precision or "fp32"], "use_safetensors": True}
     # With `output_loading_info` diffusers returns a pair, which its annotation leaves out.
     transformer, info = MiMDiTTransformer2DModel.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]

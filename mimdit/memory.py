@@ -62,7 +62,20 @@ def free_memory(device: torch.device) -> int | None:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         entries = dict(line.split(":", 1) for line in lines)
-        return int(entries["MemAvailable"].split()[0]) * 1024
+        room = int(entries["MemAvailable"].split()[0]) * 1024
     # Other systems than Linux have no such file.
     except (OSError, KeyError, ValueError, IndexError):
+        return None
+    held = _container_room(Path("/sys/fs/cgroup"))
+    return room if held is None else min(room, held)
+
+
+def _container_room(group: Path) -> int | None:
+    """Bytes left under a control group's limit (version 2); None where there is none."""
+    try:
+        most, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # Files that are only cached make room when asked.
+        return max(most - used + int(stat["inactive_file"]), 0)
+    except (OSError, KeyError, ValueError):
         return None

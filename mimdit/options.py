@@ -1,10 +1,18 @@
-"""What may be asked of a restoration."""
+"""What may be asked of a restoration, whatever runs it."""
 
 from mimdit.color import COLOR_FIXES
-from mimdit.sampling import SHIFTS
 
 # What one routing is computed from.
 ROUTINGS = ("picture", "tile")
+# Places of a patch grid, in patches: a lattice as even as four points allow, that differs from
+# halves of a patch by quarters, too.
+_PLACES = ((0.0, 0.0), (0.75, 0.25), (0.25, 0.5), (0.5, 0.75))
+SHIFTS = (1, 2, 4)
+
+
+def grid_places(shifts: int, patch: int) -> list[tuple[int, int]]:
+    """(down, right) of the first `shifts` grids in pixels, for patches of `patch` pixels."""
+    return [(int(y * patch), int(x * patch)) for y, x in _PLACES[:shifts]]
 
 
 def check_options(

@@ -1,5 +1,6 @@
 """`MiMDiTPipeline`: a damaged picture in, a restored one out."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,9 @@ from mimdit.color import color_fix
 from mimdit.inputs import Pictures, to_tensor
 from mimdit.memory import shrinking
 from mimdit.mim import Routing
-from mimdit.options import check_options
+from mimdit.options import check_options, grid_places
 from mimdit.planning import PicturePlan, Wish, make_plan
-from mimdit.sampling import Denoiser, draw_noise, grid_places, sample
+from mimdit.sampling import Denoiser, draw_noise, sample
 from mimdit.steering import check_experts
 from mimdit.text import TEXT_COMPONENTS, branches
 from mimdit.tiled_codec import decode_tiles, encode_tiles
@@ -33,6 +34,7 @@ except ImportError:
     SD3LoraLoaderMixin = object
 
 Callback = Callable[["MiMDiTPipeline", int, Tensor, dict[str, Any]], dict[str, Any]]
+Progress = Callable[[int, int], object]
 
 
 @dataclass
@@ -139,6 +141,7 @@ class MiMDiTPipeline(
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        progress: Progress | None = None,
     ) -> MiMDiTPipelineOutput | tuple[Any, Routing]:
         """Restore one picture or a batch of equal size.
 
@@ -147,7 +150,7 @@ class MiMDiTPipeline(
                 numpy in [0,255] or [0,65535]), or a list of pictures.
             num_inference_steps, shifts: by default what the model recommends; shifts is 1 where
                 only the steps are named.
-            shifts: 1, 2 or 4 grids of patches, half a patch apart. The picture is restored on each
+            shifts: 1, 2 or 4 grids of patches, shifted by parts of one. The picture is restored on each
                 and the results are averaged (cycle spinning; Coifman and Donoho, 1995), so that
                 edges of patches vanish; the time multiplies. Latents come from one grid.
             prompt, negative_prompt: captions, where the pipeline has text encoders; by default the
@@ -163,6 +166,8 @@ class MiMDiTPipeline(
             experts: weights of groups by name, such as {"spatial": 0.5}, instead of the router's;
                 the others are scaled so that the sum stays 1.
             output_type: "pil", "np" [B,H,W,3], "pt" [B,3,H,W] or "latent".
+            progress: called after every forward pass with the passes done and all of them; what it
+                raises ends the call. The passes are more where memory runs out.
 
         Raises:
             ValueError: an argument out of range, or a result that is not finite.
@@ -216,6 +221,13 @@ class MiMDiTPipeline(
                     passes = plan.passes * steps
                     bar.total, bar.n = passes * shifts, passes * grid
                     bar.refresh()
+                    count = itertools.count(passes * grid + 1)
+
+                    def passed() -> None:
+                        bar.update()
+                        if progress is not None:
+                            progress(next(count), passes * shifts)
+
                     denoiser = Denoiser(
                         self.transformer,
                         z_lq,
@@ -227,7 +239,7 @@ class MiMDiTPipeline(
                         routing == "picture",
                         experts or {},
                         plan.keep,
-                        bar.update,
+                        passed,
                     )
                     latents = sample(self.scheduler, denoiser, noise, steps, step_end)
                     return latents, denoiser.routing

@@ -1,4 +1,4 @@
-"""The velocity of a whole latent, tile by tile, and the grids it can be computed on."""
+"""The model's velocity of a whole latent, and the steps from noise to a picture."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,17 +13,9 @@ from torch import Tensor
 from mimdit.condition import Condition
 from mimdit.mim import Routing
 from mimdit.steering import steer
+from mimdit.tile_loop import TileLoop, pool_tiles
 from mimdit.tiling import Tiling
 from mimdit.transformer import MiMDiTTransformer2DModel
-
-# Places of a patch grid, in patches: the usual one, half a patch off along both axes, along one.
-_PLACES = ((0.0, 0.0), (0.5, 0.5), (0.0, 0.5), (0.5, 0.0))
-SHIFTS = (1, 2, 4)
-
-
-def grid_places(shifts: int, patch: int) -> list[tuple[int, int]]:
-    """(down, right) of the first `shifts` grids in pixels, for patches of `patch` pixels."""
-    return [(int(y * patch), int(x * patch)) for y, x in _PLACES[:shifts]]
 
 
 @dataclass
@@ -50,29 +42,31 @@ class Denoiser:
     keep: int = 0
     passed: Callable[[], object] = lambda: None
     routing: Routing = field(init=False)
-    _kept: dict[int, Condition] = field(init=False, default_factory=dict)
+    _loop: TileLoop[Condition] = field(init=False)
 
     def __post_init__(self) -> None:
         """Routing from the statistics of all tiles, which are read one pass after the other."""
         self.device = self.device or self.z_lq.device
         to = {"device": self.device, "dtype": self.model.dtype}
         self.prompts = [(text.to(**to), pooled.to(**to)) for text, pooled in self.prompts]
-        found, total = [], torch.zeros((), device=self.device)
-        for tiles in self.tiling.chunks(self.tile_batch):
-            cut = self.tiling.cut(self.z_lq, tiles, self.device)
-            pooled = self.model.pool_condition(cut)
-            if self.shared:
-                total = total + pooled.unflatten(1, (-1, len(self.z_lq))).sum(1)
-            else:
-                found.append(pooled)
-        means = total / len(self.tiling.corners) if self.shared else torch.cat(found, dim=1)
-        mim = self.model.mim
-        self.routing = steer(mim.route(means), mim.groups, self.experts)
+        parts = (self.z_lq, self.tiling, self.tile_batch)
+        means = pool_tiles(self.model.pool_condition, *parts, self.device, self.shared)
+        model, mim, prompts = self.model, self.model.mim, self.prompts
+        self.routing = routing = steer(mim.route(means), mim.groups, self.experts)
+        # Nothing refers to this object, so that its conditions go with it at once.
+        self._loop = TileLoop(
+            *parts,
+            lambda z, rows: model.encode_condition(z, routing.pictures(rows)),
+            lambda x, t, condition: _velocities(model, prompts, x, t, condition),
+            self.guidance_scale,
+            self.device,
+            self.shared,
+            self.keep,
+            self.passed,
+        )
 
     def __call__(self, latents: Tensor, t: Tensor) -> Tensor:
-        return self.tiling.blend(
-            lambda tiles: self._tiles(tiles, latents, t), latents, self.tile_batch
-        )
+        return self._loop(latents, t)
 
     def steps(self, timesteps: Tensor) -> AbstractContextManager[None]:
         """To be entered around calls with these times alone, [S]."""
@@ -82,51 +76,25 @@ class Denoiser:
         assert self.device is not None
         return engine.steps(timesteps.to(self.device), [pooled for _, pooled in self.prompts])
 
-    def _tiles(self, tiles: slice, latents: Tensor, t: Tensor) -> Tensor:
-        x = self._cut(latents, tiles)
-        condition, time = self._condition(tiles), t.expand(len(x)).to(x.device)
-        parts = [
-            self.model(
-                x,
-                time,
-                condition,
-                encoder_hidden_states=text.expand(len(x), -1, -1),
-                pooled_projections=pooled.expand(len(x), -1),
-                return_dict=False,
-            )[0].float()
-            for text, pooled in self.prompts
-        ]
-        self.passed()
-        if len(parts) == 2:
-            parts = [parts[1] + self.guidance_scale * (parts[0] - parts[1])]
-        return parts[0][: (tiles.stop - tiles.start) * len(latents)]
 
-    def _cut(self, plane: Tensor, tiles: slice) -> Tensor:
-        """Tiles [n·B,c,h,w] of one pass; the first is repeated where the last pass has too few."""
-        x, pictures = self.tiling.cut(plane, tiles, self.device), len(plane)
-        missing = self._missing(tiles)
-        return torch.cat([x, x[:pictures].repeat(missing, 1, 1, 1)]) if missing else x
-
-    def _missing(self, tiles: slice) -> int:
-        whole = min(self.tile_batch, len(self.tiling.corners))
-        return whole - (tiles.stop - tiles.start)
-
-    def _condition(self, tiles: slice) -> Condition:
-        if tiles.start in self._kept:
-            return self._kept[tiles.start]
-        pictures = torch.arange(len(self.z_lq))
-        numbers = [*range(tiles.start, tiles.stop), *[tiles.start] * self._missing(tiles)]
-        if self.shared:
-            rows = pictures.repeat(len(numbers))
-        else:
-            rows = (torch.tensor(numbers)[:, None] * len(pictures) + pictures).flatten()
-        found = self.model.encode_condition(
-            self._cut(self.z_lq, tiles), self.routing.pictures(rows)
-        )
-        held = sum(condition.bytes for condition in self._kept.values())
-        if held + found.bytes <= self.keep:
-            self._kept[tiles.start] = found
-        return found
+def _velocities(
+    model: MiMDiTTransformer2DModel,
+    prompts: Sequence[tuple[Tensor, Tensor]],
+    x: Tensor,
+    t: Tensor,
+    condition: Condition,
+) -> list[Tensor]:
+    return [
+        model(
+            x,
+            t,
+            condition,
+            encoder_hidden_states=text.expand(len(x), -1, -1),
+            pooled_projections=pooled.expand(len(x), -1),
+            return_dict=False,
+        )[0].float()
+        for text, pooled in prompts
+    ]
 
 
 def draw_noise(

@@ -34,12 +34,14 @@ def reshape_spectrum(pixels: Tensor, controls: Tensor, strength: Tensor) -> Tens
     planes = F.pad(planes, (side, side, side, side), mode="reflect").flatten(0, 1)[:, None]
     # [B·3,4f²,H/f+1,W/f+1]: a block at every corner of a cell.
     found = F.conv2d(F.pixel_unshuffle(planes, side), basis)
-    gain, threshold = (x.reshape(found.shape) for x in _of_blocks(controls, side).chunk(2, dim=1))
+    # Beyond e⁹ nothing or all is left, and 0·∞ would not be a number.
+    controls = _of_blocks(controls.clamp(max=9), side)
+    gain, threshold = (x.reshape(found.shape) for x in controls.chunk(2, dim=1))
     # The first coefficient of a block is its mean.
     others = torch.ones(len(basis), 1, 1, device=pixels.device, dtype=pixels.dtype)
     others[0] = 0
     scale = others * strength.repeat_interleave(3, dim=0)
-    ratio = (scale * _LEAST).square() * (2 * threshold).exp() / (found.square() + 1e-6)
+    ratio = (scale * _LEAST * threshold.exp()).square() / (found.square() + 1e-6)
     found = found * (scale * gain).exp() / (1 + ratio.square())
     # Each pixel lies in four blocks.
     planes = F.pixel_shuffle(F.conv_transpose2d(found, basis), side) / 4

@@ -148,11 +148,9 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
         with torch.device("meta"):
             model = cls(**(known | stored | options))
         model.load_state_dict(backbone.state_dict(), strict=False, assign=True)
-        state = torch.default_generator.get_state()
-        torch.default_generator.manual_seed(seed)
-        with default_dtype(backbone.dtype):
+        with torch.random.fork_rng(devices=()), default_dtype(backbone.dtype):
+            torch.default_generator.manual_seed(seed)
             model.mim = MiM(**model.mim.settings)
-        torch.default_generator.set_state(state)
         for name in ("inter_router", "intra_router", "running_mean", "running_steps"):
             # They decide discretely, and move in small steps.
             tensor = getattr(model.mim, name)
@@ -204,7 +202,7 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
 
     @apply_forward_hook
     def pool_condition(self, lq_latents: Tensor) -> Tensor:
-        """Token means [L,B,2d]: average them over tiles, then `mim.route` them."""
+        """Token means (and mean squares) [L,B,d or 2d]: average them over tiles, then `mim.route` them."""
         return self.mim.pool(self._embed(lq_latents))
 
     @apply_forward_hook
@@ -212,14 +210,12 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
         """m_l = ZeroLinear_l(MiM_l(PatchEmbed(z_lq) + pos)) for every block; z_lq [B,c,h,w]."""
         grid = self.grid(lq_latents)
         z = self._embed(lq_latents)
-        faster = self.engine is not None and not torch.is_grad_enabled()
-        mim = self.engine.mixtures if self.engine is not None and faster else self.mim
+        engine = None if torch.is_grad_enabled() else self.engine
+        mim = self.mim if engine is None else engine.mixtures
         out = [mim(z, grid, layers, routing) for layers in self.mim.chunks(z)]
         tokens = tuple(m for part, _ in out for m in part.unbind())
         found = Condition(lq_latents, tokens, Routing.cat([chosen for _, chosen in out]))
-        if self.engine is None or torch.is_grad_enabled():
-            return found
-        return self.engine.condition(found)
+        return found if engine is None else engine.condition(found)
 
     def _embed(self, lq_latents: Tensor) -> Tensor:
         """PatchEmbed(z_lq) + pos, [B,K,D]."""

@@ -36,7 +36,7 @@ def noting_launches() -> Iterator[None]:
 def use_backend(name: str) -> Iterator[None]:
     """Ops called inside, without a `backend` argument, take this one."""
     global _default
-    _check(name)
+    _check("backend", name)
     before, _default = _default, name
     try:
         yield
@@ -44,18 +44,20 @@ def use_backend(name: str) -> Iterator[None]:
         _default = before
 
 
-def runs_triton(backend: str | None, x: Tensor) -> bool:
+def runs_triton(backend: str | None, x: Tensor, lack: str | None = None) -> bool:
     """Whether an op on tensors like `x` launches its kernel.
 
     "auto" falls back to torch; "triton" raises ValueError with the reason where it cannot run.
+    lack: why the op has no kernel for this call, whatever the device, or None.
     """
     chosen = _default if backend is None else backend
-    _check(chosen)
+    # Of defaults only the environment's is unchecked.
+    _check("MIMKERNELS_BACKEND" if backend is None else "backend", chosen)
     if chosen == "torch":
         return False
-    if _noting:
+    if _noting and lack is None:
         return True
-    reason = _obstacle(x.device.type, x.device.index or 0, x.dtype)
+    reason = lack or _obstacle(x.device.type, x.device.index or 0, x.dtype)
     if chosen == "triton" and reason:
         raise ValueError(f"backend: 'triton' cannot run here, {reason}")
     # The interpreter is for tests: never a silent choice.
@@ -95,6 +97,6 @@ def _capability(device: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def _check(name: str) -> None:
+def _check(source: str, name: str) -> None:
     if name not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")

@@ -30,6 +30,7 @@ Pairs = Sequence[tuple[Tensor, Tensor]]
 
 @triton.jit
 def load(p_x, mask, ACCUMULATOR: tl.constexpr):
+    """A block in the accumulator's type, zeros where the mask is not."""
     return tl.load(p_x, mask=mask, other=0.0).to(ACCUMULATOR)
 
 

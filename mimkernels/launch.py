@@ -22,10 +22,21 @@ class Launch:
 
 
 _recorded: list[Launch] | None = None
+# Programs along the second and the third axis of a grid: CUDA takes no more.
+_MOST = 65_535
 
 
 def launch(kernel: Any, grid: Sequence[int], *arguments: Any, **options: Any) -> None:
-    """Run `kernel` on its grid, or note it down inside `record`."""
+    """Run `kernel` on its grid, or note it down inside `record`.
+
+    Raises:
+        ValueError: a batch (pictures, times slots or layers) that no grid can hold.
+    """
+    if max(grid[1:], default=0) > _MOST:
+        raise ValueError(
+            f"batch: expected at most {_MOST} pictures (times slots or layers) in one call, "
+            f"got a grid of {list(grid)}"
+        )
     if _recorded is not None:
         _recorded.append(Launch(kernel, tuple(grid), arguments, options))
         return

@@ -13,10 +13,11 @@ ALLOWED = {
 }
 # Lower layers first; a module imports only from layers before its own.
 LAYERS = [
-    "experts tiling",
-    "mim",
+    "experts tiling options",
+    "mim tile_loop",
     "condition flow attention steering memory",
     "transformer",
+    "vetting",
     "codec",
     "tiled_codec",
     "presets text",
@@ -25,6 +26,7 @@ LAYERS = [
     "pipeline",
     "loading",
     "sd35",
+    "restoration",
     "cli",
 ]
 

@@ -96,10 +96,13 @@ def pairs(settings: Settings, crop: int) -> Dataset[Pair]:
 def batches(
     source: Dataset[Pair], schedule: Schedule, step: int, rank: int, workers: int
 ) -> Iterator[Pair]:
-    """Batches of one process from `step` to the end of its stage, pass by pass."""
+    """Batches of one process of the steps with the crop of `step`, from it to the end of its
+    stage, pass by pass."""
+    crop = schedule.at(step).crop
     keys = [
         schedule.pictures(at, i, rank)
         for at in range(step, schedule.end_of_stage(step))
+        if schedule.at(at).crop == crop
         for i in range(schedule.at(at).passes)
     ]
     loader = DataLoader(

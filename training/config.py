@@ -10,12 +10,16 @@ from typing import Any
 
 OPTIMIZERS = ("muon", "adam", "adamw", "adam8bit")
 SCHEDULES = ("cosine", "constant")
-Stage = tuple[int, int, float]
+Sizes = int | tuple[int, ...]
+Stage = tuple[Sizes, Sizes, float]
 
 
 @dataclass(frozen=True)
 class Settings:
     """How to train; the stages are (crop in pixels, pictures a pass, share of the steps).
+
+    Several crops (128, 256) of a stage are taken in turn, step by step; pictures a pass are those
+    of each, (12, 4), or one number for all.
 
     A pass is one process's forward and backward; a step is `accumulation` of them in every process,
     or as many as make `total_batch` pictures where that is given (0: it is not).
@@ -65,7 +69,7 @@ class Settings:
         total = sum(share for _, _, share in self.stages)
         if abs(total - 1) > 1e-6:
             raise ValueError(f"stages: expected shares that add up to 1, got {total:g}")
-        for crop, batch, _ in self.stages:
+        for crop, batch in (size for stage in self.stages for size in in_turn(stage)):
             if crop < 1 or batch < 1:
                 raise ValueError(f"stages: expected crops and batches from 1, got {crop}:{batch}")
         for name, allowed in _ALLOWED.items():
@@ -212,11 +216,31 @@ def _parse(file: Path) -> Any:
         raise ValueError(str(error).replace("\n", " ")) from None
 
 
+def in_turn(stage: Stage) -> tuple[tuple[int, int], ...]:
+    """Crop, and pictures of a pass, of the steps of a stage in turn; ValueError where there are not
+    as many of each."""
+    crops = stage[0] if isinstance(stage[0], tuple) else (stage[0],)
+    counts = stage[1] if isinstance(stage[1], tuple) else (stage[1],) * len(crops)
+    if not crops or len(counts) != len(crops):
+        raise ValueError(f"stages: expected as many batches as crops, got {counts} for {crops}")
+    return tuple(zip(crops, counts, strict=True))
+
+
 def parse_stages(text: str) -> tuple[Stage, ...]:
-    """ "crop:batch:share;…" as stages; ValueError where it does not parse."""
+    """ "crop:batch:share;…" as stages, "crop:batch+crop:batch:share" as one whose crops take turns;
+    ValueError where it does not parse."""
     try:
-        parts = (stage.split(":") for stage in text.split(";"))
-        return tuple((int(crop), int(batch), float(share)) for crop, batch, share in parts)
+        return tuple(_parse_stage(stage) for stage in text.split(";"))
     except ValueError:
-        expected = "crop:batch:share;…, such as 128:12:0.6;256:3:0.4"
+        expected = "crop:batch:share;…, such as 128:12:0.6;256:3:0.4 or 128:12+256:3:1"
         raise ValueError(f"--stages: expected {expected}, got {text!r}") from None
+
+
+def _parse_stage(text: str) -> Stage:
+    sizes, share = text.rsplit(":", 1)
+    pairs = [size.split(":") for size in sizes.split("+")]
+    found = [(int(crop), int(batch)) for crop, batch in pairs]
+    if len(found) == 1:
+        return *found[0], float(share)
+    crops, counts = zip(*found, strict=True)
+    return crops, counts, float(share)

@@ -7,7 +7,15 @@ from typing import Any
 
 from mimdit.presets import PRESETS as MODELS
 from training import config
-from training.config import ABLATIONS, OPTIMIZERS, SCHEDULES, Model, Settings, parse_stages
+from training.config import (
+    ABLATIONS,
+    OPTIMIZERS,
+    SCHEDULES,
+    Model,
+    Settings,
+    in_turn,
+    parse_stages,
+)
 from training.datasets.layouts import LAYOUTS
 
 GROUPS = ("spatial", "channel", "swin", "se")
@@ -74,7 +82,12 @@ RUN = (
     Flag("report-to", "report_to", str, "besides log.jsonl", ("none", "tensorboard")),
     Flag("cache-latents", "latents", str, "folder to keep latents in, computed once"),
     Flag("cache-pairs", "latents_pairs", int, "pairs in that cache"),
-    Flag("dataloader-num-workers", "workers", int, "processes that load, for each that trains"),
+    Flag(
+        "dataloader-num-workers",
+        "workers",
+        int,
+        "processes that load, for each that trains and crop",
+    ),
     Flag("seed", "seed", int, "of everything random"),
 )
 MODEL = (
@@ -100,7 +113,8 @@ _SHAPED = (
         "stages",
         "stages",
         str,
-        "crop:batch:share of the steps, for each stage; batch is that of one process and pass",
+        "crop:batch:share of the steps, for each stage; batch is that of one process and pass; "
+        "crops of 128:12+256:3:1 take turns, step by step",
     ),
     Flag("resolution", "resolution", int, "one stage of crops of so many pixels"),
     Flag("train-batch-size", "batch", int, "pictures of a process and pass, in every stage"),
@@ -176,7 +190,7 @@ def resolve(given: Mapping[str, Any]) -> tuple[Settings, Model]:
         run["types"] = tuple(run["types"])
     stages = parse_stages(values["stages"]) if "stages" in values else Settings().stages
     if "resolution" in values:
-        stages = ((values["resolution"], stages[0][1], 1.0),)
+        stages = ((values["resolution"], in_turn(stages[0])[0][1], 1.0),)
     if "train_batch_size" in values:
         stages = tuple((crop, values["train_batch_size"], share) for crop, _, share in stages)
     frozen = values.get("freeze_backbone", False)

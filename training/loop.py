@@ -63,10 +63,8 @@ def train(
     reports = Reports(out, settings, schedule, team, step, model.mim.top_k)
     try:
         with StopRequests() as stop:
-            stream: Iterator[Pair] = iter(())
             while step < settings.steps:
-                if not run.streaming(step):
-                    stream = run.stream(step, partial(stop.check, step, settings.output))
+                stream = run.stream(step, partial(stop.check, step, settings.output))
                 run.step(step, stream, reports)
                 step += 1
                 stopping = team.any(stop.asked)
@@ -144,20 +142,26 @@ class _Run:
         )
         self.ema = EMAModel(self.trained, decay=settings.ema, use_ema_warmup=True, power=0.75)
         self.state = checkpoints.Checkpoint(model, self.optimisers, self.ema, settings, team)
+        # Batches of the current stage, by crop.
+        self._streams: dict[int, Iterator[Pair]] = {}
         self._until = -1
 
-    def streaming(self, step: int) -> bool:
-        """Whether the current stream of batches goes on at this step."""
-        return step < self._until
-
     def stream(self, step: int, check: Callable[[], None]) -> Iterator[Pair]:
-        """Batches from a step to the end of its stage; `check` may raise while latents are made."""
+        """Batches of a step and of later ones of its crop; kept to the end of the stage.
+
+        check: may raise while latents are made.
+        """
         crop = self.schedule.at(step).crop
-        self._until = self.schedule.end_of_stage(step)
-        source = pairs(self.settings, crop) if self.source is None else self.source
-        if self.settings.latents:
-            source = cache_latents(source, self.codec, self.settings, crop, self.team, check)
-        return batches(source, self.schedule, step, self.team.rank, self.settings.workers)
+        if step >= self._until:
+            self._streams = {}
+            self._until = self.schedule.end_of_stage(step)
+        if crop not in self._streams:
+            source = pairs(self.settings, crop) if self.source is None else self.source
+            if self.settings.latents:
+                source = cache_latents(source, self.codec, self.settings, crop, self.team, check)
+            rank, workers = self.team.rank, self.settings.workers
+            self._streams[crop] = batches(source, self.schedule, step, rank, workers)
+        return self._streams[crop]
 
     def step(self, step: int, stream: Iterator[Pair], reports: Reports) -> None:
         """One step; until its end nothing that a checkpoint holds has changed."""

@@ -36,7 +36,7 @@ def load(args: argparse.Namespace) -> Any:
 
         if not args.debug:
             logging.disable_progress_bar()
-        pipe = load_pipeline(args.model, _pick_device(args.device), args.precision)
+        pipe = load_pipeline(args.model, _device(args.device), args.precision)
         _check_experts(pipe, args.experts)
         return accelerate(pipe) if args.accelerate else pipe
     except StopError:
@@ -60,12 +60,10 @@ def _check_experts(pipe: Any, experts: dict[str, float] | None) -> None:
         raise StopError(f"--{first_line(error)}") from error
 
 
-def _pick_device(wanted: str) -> str:
-    import torch
+def _device(wanted: str) -> str:
+    from mimdit.restoration import pick_device
 
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if wanted == "auto":
-        return "cuda" if cuda else "mps" if mps else "cpu"
-    if (wanted.startswith("cuda") and not cuda) or (wanted == "mps" and not mps):
-        raise ValueError(f"--device {wanted} is not available here; use --device auto or cpu")
-    return wanted
+    try:
+        return pick_device(wanted)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from None

@@ -32,6 +32,16 @@ class FusedLinear:
         assert self._weight is not None
         return F.linear(x, self._weight, self._bias)
 
+    @property
+    def joint(self) -> tuple[Tensor, Tensor | None] | None:
+        """The weight [N,K] of all layers and their bias [N], or None where some are not plain."""
+        if not self._plain():
+            return None
+        if not self._joined():
+            self._join()
+        assert self._weight is not None
+        return self._weight, self._bias
+
     def _plain(self) -> bool:
         return all(type(layer) is nn.Linear for layer in self.layers)
 
@@ -50,20 +60,57 @@ class FusedLinear:
         return True
 
     @torch.no_grad()
-    def _join(self) -> None:
+    def _join(self, weight: Tensor | None = None, bias: Tensor | None = None) -> None:
+        """Into these tensors, by default new ones."""
         layers = [cast(nn.Linear, layer) for layer in self.layers]
         parts: list[Any] = [layer.weight for layer in layers]
         biases: list[Any] = [layer.bias for layer in layers]
-        self._weight = _join(parts)
+        self._weight = _join(parts, weight)
         with_bias = all(b is not None for b in biases)
         if not with_bias and any(b is not None for b in biases):
             raise ValueError("linear layers: expected a bias in all of them or in none")
-        self._bias = _join(biases) if with_bias else None
+        self._bias = _join(biases, bias) if with_bias else None
 
 
-def _join(parts: Sequence[Tensor]) -> Tensor:
+class StackedLinear:
+    """Fused layers of successive blocks as one product: [l,M,K] → [l,M,N], a part for each block.
+
+    Their weights become views of one tensor [L,N,K]. Holds until one of them is moved or replaced.
+    """
+
+    def __init__(self, fused: Sequence[FusedLinear], weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+        for i, layers in enumerate(fused):
+            layers._join(weight[i], None if bias is None else bias[i])
+
+    @staticmethod
+    def of(fused: Sequence[FusedLinear]) -> "StackedLinear | None":
+        """None where layers are not plain, or not alike."""
+        found = [layers.joint for layers in fused]
+        joints = [joint for joint in found if joint is not None]
+        alike = {
+            tuple((v.shape, v.dtype, v.device) for v in joint if v is not None) for joint in joints
+        }
+        if len(joints) < len(fused) or len(alike) != 1:
+            return None
+        weight, bias = (None if v is None else v.new_empty(len(fused), *v.shape) for v in joints[0])
+        assert weight is not None
+        del found, joints
+        return StackedLinear(fused, weight, bias)
+
+    def __call__(self, x: Tensor, first: int, rows: slice) -> Tensor:
+        """Of l blocks from `first` on, these rows of N."""
+        blocks = slice(first, first + len(x))
+        weight = self.weight[blocks, rows].transpose(1, 2)
+        if self.bias is None:
+            return torch.bmm(x, weight)
+        return torch.baddbmm(self.bias[blocks, None, rows], x, weight)
+
+
+def _join(parts: Sequence[Tensor], joint: Tensor | None = None) -> Tensor:
     """One tensor of all rows, of which the given parameters become views."""
-    joint = torch.cat([p.detach() for p in parts])
+    own = [p.detach() for p in parts]
+    joint = torch.cat(own) if joint is None else torch.cat(own, out=joint)
     for p, view in zip(parts, joint.split([len(p) for p in parts]), strict=True):
         p.data = view
     return joint

@@ -64,7 +64,7 @@ class Block:
         streams = [self.image_qkv(image), self.text_qkv(text)]
         q_norms = [_weight(attn.norm_q), _weight(attn.norm_added_q)]
         k_norms = [_weight(attn.norm_k), _weight(attn.norm_added_k)]
-        joint_qkv_(joint, streams, q_norms, k_norms, offsets=[0, tokens], eps=_EPS)
+        joint_qkv_(joint, streams, q_norms, k_norms, offsets=[0, tokens], eps=EPS)
         out = F.scaled_dot_product_attention(*joint).transpose(1, 2).flatten(2)
         words = None if self.text_out is None else self.text_out(out[:, tokens:])
         return self.image_out(out[:, :tokens]), words
@@ -73,7 +73,7 @@ class Block:
         """The second attention of dual blocks, among image tokens alone."""
         attn = self.attn2
         norms = [_weight(attn.norm_q)], [_weight(attn.norm_k)]
-        qkv = joint_qkv([self.dual_qkv(image)], *norms, heads=attn.heads, eps=_EPS)
+        qkv = joint_qkv([self.dual_qkv(image)], *norms, heads=attn.heads, eps=EPS)
         out = F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2)
         return self.dual_out(out)
 
@@ -89,7 +89,7 @@ def _mlp(given: Any, only: Callable[[nn.Module], Layer]) -> Layer:
 
 
 # Of all norms in SD3's blocks.
-_EPS = 1e-6
+EPS = 1e-6
 
 
 def _weight(norm: Any) -> Tensor | None:
@@ -99,8 +99,8 @@ def _weight(norm: Any) -> Tensor | None:
 def _open(x: Tensor, to: Adaptation) -> tuple[Tensor, ...]:
     """Normalised tokens for the attention, or both attentions, of a block."""
     if to.shift2 is None or to.scale2 is None:
-        return (layernorm_modulate(x, to.shift, to.scale, eps=_EPS),)
-    return layernorm_modulate(x, to.shift, to.scale, to.shift2, to.scale2, eps=_EPS)
+        return (layernorm_modulate(x, to.shift, to.scale, eps=EPS),)
+    return layernorm_modulate(x, to.shift, to.scale, to.shift2, to.scale2, eps=EPS)
 
 
 def _close(x: Tensor, y: Tensor, gate: Tensor | None, to: Adaptation) -> tuple[Tensor, ...]:
@@ -114,7 +114,7 @@ def _close(x: Tensor, y: Tensor, gate: Tensor | None, to: Adaptation) -> tuple[T
         to.shift,
         to.scale,
         **second,
-        eps=_EPS,  # pyright: ignore[reportArgumentType]
+        eps=EPS,  # pyright: ignore[reportArgumentType]
     )
 
 
@@ -131,7 +131,7 @@ def _into_mlp(
         own.shift_mlp,
         own.scale_mlp,
         **second,
-        eps=_EPS,  # pyright: ignore
+        eps=EPS,  # pyright: ignore
     )
 
 

@@ -30,10 +30,31 @@ class Shape:
 
 @dataclass(frozen=True, eq=False)
 class KeyValueCondition(Condition):
-    """A condition as the blocks use it: normalised keys and values [B,heads,K,d] of each."""
+    """A condition as the blocks use it: [2,l,B,heads,K,d], normalised keys and values of l blocks,
+    for all blocks one after the other.
+    """
 
-    keys: tuple[Tensor, ...] = ()
-    values: tuple[Tensor, ...] = ()
+    pairs: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """Queries q [B,heads,N+T,d], which all blocks share, and of each keys and values
+    kv [2,L,B,heads,N+T+K,d].
+    """
+
+    q: Tensor
+    kv: Tensor
+
+    @property
+    def joint(self) -> list[Joint]:
+        """q, k and v of every block."""
+        return [(self.q, k, v) for k, v in zip(*self.kv.unbind(), strict=True)]
+
+    @property
+    def bytes(self) -> int:
+        """Of both."""
+        return self.q.nbytes + self.kv.nbytes
 
 
 @dataclass
@@ -41,7 +62,7 @@ class Workspace:
     """Buffers of one shape; `run` is a step over them, or the parts of one."""
 
     shape: Shape
-    joint: list[Joint]
+    buffers: Buffers
     run: Callable[..., Any]
     # Whose conditioning rows the buffers hold.
     _held: KeyValueCondition | None = field(default=None, init=False)
@@ -50,24 +71,19 @@ class Workspace:
         """Fill the conditioning rows, unless they are this condition's already."""
         if condition is self._held or condition is None:
             return
-        start = self.shape.image + self.shape.text
-        for (_, k, v), key, value in zip(self.joint, condition.keys, condition.values, strict=True):
-            k[:, :, start:].copy_(key)
-            v[:, :, start:].copy_(value)
+        start, first = self.shape.image + self.shape.text, 0
+        for pair in condition.pairs:
+            blocks = slice(first, first + pair.shape[1])
+            self.buffers.kv[:, blocks, :, :, start:].copy_(pair)
+            first = blocks.stop
         self._held = condition
 
-    @property
-    def bytes(self) -> int:
-        """Of the joint buffers; blocks share one buffer of queries."""
-        tensors = {t.data_ptr(): t for joint in self.joint for t in joint}
-        return sum(t.numel() * t.element_size() for t in tensors.values())
 
-
-def make_joint(shape: Shape, blocks: int, heads: int, width: int) -> list[Joint]:
-    """Buffers q [B,heads,N+T,d], shared by all blocks, and k, v [B,heads,N+T+K,d] of each."""
+def make_buffers(shape: Shape, blocks: int, heads: int, width: int) -> Buffers:
+    """Not filled; heads of `width` channels."""
     options = {"dtype": shape.dtype, "device": shape.device}
     own = shape.image + shape.text
-    q = torch.empty(shape.pictures, heads, own, width, **options)
-    rows = own + shape.condition
-    kv = torch.empty(blocks, 2, shape.pictures, heads, rows, width, **options)
-    return [(q, k, v) for k, v in (pair.unbind() for pair in kv)]
+    return Buffers(
+        torch.empty(shape.pictures, heads, own, width, **options),
+        torch.empty(2, blocks, shape.pictures, heads, own + shape.condition, width, **options),
+    )

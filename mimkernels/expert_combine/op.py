@@ -50,11 +50,13 @@ def expert_combine(
     groups = [_sequence(v) for v in (x, weight, index, gate)]
     count = len(groups[0])
     biases = [None] * count if bias is None else _sequence(bias)
+    if not count:
+        raise ValueError("x: expected at least one group, got none")
     for name, some in zip(("weight", "index", "gate", "bias"), (*groups[1:], biases), strict=True):
-        if len(some) != count or not count:
-            raise ValueError(f"{name}: expected {max(count, 1)} groups as x, got {len(some)}")
-    for x_i, weight_i, index_i, gate_i, bias_i in zip(*groups, biases, strict=True):
-        _check(groups[0][0], groups[1][0], x_i, weight_i, index_i, gate_i, bias_i)
+        if len(some) != count:
+            raise ValueError(f"{name}: expected {count} groups as x, got {len(some)}")
+    for i, group in enumerate(zip(*groups, biases, strict=True)):
+        _check("" if isinstance(x, Tensor) else f"[{i}]", groups[0][0], groups[1][0], *group)
     if residual is not None:
         first = groups[0][0]
         check_shape("residual", residual, (first.shape[0], first.shape[2], groups[1][0].shape[1]))
@@ -72,6 +74,7 @@ def _sequence(v: Any) -> list[Any]:
 
 
 def _check(
+    at: str,
     first: Tensor,
     first_weight: Tensor,
     x: Tensor,
@@ -80,24 +83,25 @@ def _check(
     gate: Tensor,
     bias: Tensor | None,
 ) -> None:
+    """One group, `at` its place among several; what all have in common is the first one's."""
     if x.ndim != 4:
-        raise ValueError(f"x: expected [B,S,T,K], got {list(x.shape)}")
-    check_float("x", x)
-    check_like("x", x, "the first group", first)
-    check_shape("x", x, (first.shape[0], None, first.shape[2], None))
-    check_shape("weight", weight, (None, first_weight.shape[1], x.shape[3]))
-    check_like("weight", weight, "x", x)
-    check_float("weight", weight)
-    check_shape("index", index, x.shape[:2])
-    check_device("index", index, "x", x)
-    check_index("index", index, weight.shape[0])
-    check_shape("gate", gate, x.shape[:2])
-    check_like("gate", gate, "x", x)
-    check_float("gate", gate)
+        raise ValueError(f"x{at}: expected [B,S,T,K], got {list(x.shape)}")
+    check_float(f"x{at}", x)
+    check_like(f"x{at}", x, "x[0]", first)
+    check_shape(f"x{at}", x, (first.shape[0], None, first.shape[2], None))
+    check_shape(f"weight{at}", weight, (None, first_weight.shape[1], x.shape[3]))
+    check_like(f"weight{at}", weight, f"x{at}", x)
+    check_float(f"weight{at}", weight)
+    check_shape(f"index{at}", index, x.shape[:2])
+    check_device(f"index{at}", index, f"x{at}", x)
+    check_index(f"index{at}", index, weight.shape[0])
+    check_shape(f"gate{at}", gate, x.shape[:2])
+    check_like(f"gate{at}", gate, f"x{at}", x)
+    check_float(f"gate{at}", gate)
     if bias is not None:
-        check_shape("bias", bias, weight.shape[:2])
-        check_like("bias", bias, "x", x)
-        check_float("bias", bias)
+        check_shape(f"bias{at}", bias, weight.shape[:2])
+        check_like(f"bias{at}", bias, f"x{at}", x)
+        check_float(f"bias{at}", bias)
 
 
 class _ExpertCombine(torch.autograd.Function):

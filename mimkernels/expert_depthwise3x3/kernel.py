@@ -33,9 +33,10 @@ def forward_kernel(
     CHANNELS: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
 ):
-    """Grid (channel tiles, pixel tiles, B·k); weight [E,C,9] and out dense. FLIP: for dx."""
-    i_c, i_p = tl.program_id(0), tl.program_id(1)
-    i_s = tl.program_id(2).to(tl.int64)
+    """Grid (channel tiles × pixel tiles, B·k); weight [E,C,9] and out dense. FLIP: for dx."""
+    tiles_c = tl.cdiv(channels, CHANNELS)
+    i_c, i_p = tl.program_id(0) % tiles_c, tl.program_id(0) // tiles_c
+    i_s = tl.program_id(1).to(tl.int64)
     expert = tl.load(index + i_s).to(tl.int64)
     o_c = i_c * CHANNELS + tl.arange(0, CHANNELS)
     o_p = i_p * PIXELS + tl.arange(0, PIXELS)
@@ -118,14 +119,10 @@ def forward(x: Tensor, weight: Tensor, index: Tensor, flip: bool) -> Tensor:
     out = x.new_empty(x.shape)
     if out.numel() == 0:
         return out
-    grid = (
-        triton.cdiv(channels, _CHANNELS),
-        triton.cdiv(height * width, _PIXELS),
-        pictures * slots,
-    )
+    tiles = triton.cdiv(channels, _CHANNELS) * triton.cdiv(height * width, _PIXELS)
     launch(
         forward_kernel,
-        grid,
+        (tiles, pictures * slots),
         x,
         weight.contiguous(),
         index.contiguous(),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mimkernels.jit import multiply
 from mimkernels.launch import launch, matrix_options
-from mimkernels.tiles import Tile, architecture, matrix_tile
+from mimkernels.tiles import architecture, matrix_tile
 
 
 @triton.jit
@@ -93,7 +93,7 @@ def forward_kernel(
             kept = slot // slots if SCATTER else o_r.to(tl.int64)
             b_o = tl.load(other + kept[:, None] * stride_o + o_n[None, :], mask=mask, other=0.0)
             part = tl.sum(acc * b_o.to(ACCUMULATOR), axis=1)  # [ROWS]
-            tl.store(dot + i_n * rows.to(tl.int64) + slot, part, mask=m_r)
+            tl.store(dot + i_n.to(tl.int64) * rows + slot, part, mask=m_r)
         if HAS_BIAS:
             b_bias = tl.load(bias + expert.to(tl.int64) * stride_b + o_n, mask=m_n, other=0.0)
             acc += b_bias.to(ACCUMULATOR)[None, :]
@@ -272,7 +272,7 @@ def backward_weight(
     dbias = x.new_empty(experts if with_bias else 0, columns)
     if dweight.numel() == 0:
         return dweight, dbias.zero_()
-    tile: Tile = matrix_tile(architecture(x.device), x.element_size(), columns, inner)
+    tile = matrix_tile(architecture(x.device), x.element_size(), columns, inner)
     launch(
         weight_kernel,
         (triton.cdiv(inner, tile.columns), triton.cdiv(columns, tile.rows), experts),

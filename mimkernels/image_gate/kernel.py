@@ -98,9 +98,11 @@ def gate_kernel(
     if HAS_BIAS:
         logits += tl.load(bias + row, mask=m_r, other=0.0).to(ACCUMULATOR)
     # `max` and `argmax` may drop NaN: picks are made without, the weights keep it.
-    finite = (logits == logits) & (tl.abs(logits) != float("inf"))
-    broken = tl.sum(tl.where(m_r & (finite == 0), 1, 0), axis=0) > 0
-    logits = tl.where(m_r, tl.where(finite, logits, 0.0), float("-inf"))
+    # −∞ rules an expert out; +∞, and nothing but −∞, have no softmax.
+    bad = (logits != logits) | (logits == float("inf"))
+    broken = tl.sum(tl.where(m_r & bad, 1, 0), axis=0) > 0
+    broken = broken | (tl.sum(tl.where(m_r & (logits != float("-inf")), 1, 0), axis=0) == 0)
+    logits = tl.where(m_r, tl.where(bad | broken, 0.0, logits), float("-inf"))
     p = tl.exp(logits - tl.max(logits, axis=0))
     p = p / tl.sum(p, axis=0)
     if i_g == 0:

@@ -255,6 +255,7 @@ def backward(
     wide = torch.promote_types(dk.dtype, torch.float32)
     grads, sums = [qkv.new_empty(qkv.shape) for qkv in qkvs], []
     places = zip(*_places(qkvs, dk), strict=True)
+    # The last places are no stream's, but the numbers of rows.
     streams = zip(qkvs, grads, q_norm_weights, k_norm_weights, places, strict=False)
     for qkv, dqkv, q_weight, k_weight, (q_offset, offset) in streams:
         tiles = triton.cdiv(qkv.shape[1], options["ROWS"])

@@ -17,7 +17,6 @@ from mimkernels.launch import accumulator, launch
 
 # Elements of a block [tokens, experts]; more would not fit into registers.
 _ELEMENTS = 2048
-_MAXIMUM = 1024
 
 
 @triton.jit
@@ -192,8 +191,6 @@ def backward_kernel(
 
 def block(experts: int) -> tuple[int, int]:
     """Tokens of a program, and experts rounded up to a power of two."""
-    if experts > _MAXIMUM:
-        raise ValueError(f"logits: expected at most {_MAXIMUM} experts, got {experts}")
     padded = triton.next_power_of_2(experts)
     return max(4, min(128, _ELEMENTS // padded)), padded
 

@@ -7,9 +7,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mimkernels.backend import runs_triton
-from mimkernels.checks import check_float, check_shape
+from mimkernels.checks import check_float
 from mimkernels.registry import kernel_op
 from mimkernels.topk_route.reference import NORMS, topk_route_reference
+
+# A token's logits are one block in registers.
+MAX_EXPERTS = 1024
 
 
 class Route(NamedTuple):
@@ -39,7 +42,7 @@ def topk_route(
         k: picks of a token, 1…E; equal logits go to the lowest index.
         norm: weights are "softmax" over all experts, as they are; "topk": over the k picks;
             "sigmoid" of each logit.
-        backend: see `mimkernels.backend`.
+        backend: see `mimkernels.backend`. The kernel takes at most 1024 experts.
 
     Raises:
         ValueError: shapes, types or strides that do not fit, k not in 1…E, an unknown norm.
@@ -47,12 +50,14 @@ def topk_route(
     if logits.ndim != 2:
         raise ValueError(f"logits: expected shape [N, E], got {list(logits.shape)}")
     check_float("logits", logits)
-    check_shape("logits", logits, (None, None))
     if not 1 <= k <= logits.shape[1]:
         raise ValueError(f"k: expected 1 to {logits.shape[1]} (the experts), got {k}")
     if norm not in NORMS:
         raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got {norm!r}")
-    if not runs_triton(backend, logits):
+    experts, lack = logits.shape[1], None
+    if experts > MAX_EXPERTS:
+        lack = f"the kernel expected at most {MAX_EXPERTS} experts, got {experts}"
+    if not runs_triton(backend, logits, lack):
         return Route(*topk_route_reference(logits, k, norm))
     return Route(*_TopkRoute.apply(logits, k, norm))
 

@@ -23,7 +23,7 @@ from export.onnx_export import Limits, input_shapes
 from export.runtime import ExportedPipeline
 from export.sessions import EngineSession
 from mimdit.metrics import psnr
-from tests.export import fake_tensorrt
+from tests.export import damage, fake_tensorrt
 from tests.export.conftest import Exported, reuse
 
 A = {"name": "GPU A", "capability": "90"}
@@ -233,17 +233,21 @@ def test_what_is_missing_is_said(
         ExportedPipeline(exported.folder, runtime="torch")
 
 
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt_rtx"])
 def test_an_interrupted_build_stops(
-    exported: Exported, tensorrt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exported: Exported, tensorrt: Any, tmp_path: Path, name: str
 ) -> None:
+    pytest.importorskip(name)
     (pool, *_) = graphs_of(exported.pipe)
     shutil.copy(exported.folder / "pool.onnx", tmp_path)
+
+    target = Target(name, ("89",) if name == "tensorrt_rtx" else ())
 
     def interrupt(stage: str) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build_engine(tmp_path, pool, LIMITS, 16, Target("tensorrt"), interrupt)
+        build_engine(tmp_path, pool, LIMITS, 16, target, interrupt)
     assert [path.name for path in tmp_path.iterdir()] == ["pool.onnx"]
 
 
@@ -286,3 +290,16 @@ def test_rtx_errors_are_one_sentence(exported: Exported, tmp_path: Path, capsys:
     with pytest.raises(ExportError, match="pool: TensorRT-RTX cannot parse"):
         build_engine(tmp_path, pool, LIMITS, 16, target)
     assert not (tmp_path / "x").exists()
+
+
+def test_an_operator_that_rtx_lacks(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    change = damage.unknown_operator("pool")
+    monkeypatch.setattr(folder, "export_onnx", reuse(exported, change))
+    command = [str(exported.model), "--out", str(tmp_path / "x"), "--trt-rtx", *SMALL]
+    assert cli.main(command) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("mimdit-export: pool: TensorRT-RTX cannot parse Nonsense node_")
+    assert [*tmp_path.iterdir()] == []

@@ -16,6 +16,7 @@ pytest.importorskip("onnxruntime")
 from export import checks, cli, folder
 from export.graphs import Pool, traceable
 from export.libraries import ExportError
+from export.manifest import verify
 from export.onnx_export import Limits, export_onnx
 from export.plan import plan
 from export.runtime import ExportedPipeline
@@ -118,33 +119,53 @@ def test_a_full_disk(
         assert cli.main([str(exported.model), "--out", str(tmp_path / "out")]) == 1
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "File too large" in capsys.readouterr().err.splitlines()[-1]
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(
+        r"mimdit-export: .*out: expected room for all of its files, got 'File too large'; "
+        "nothing was written",
+        line,
+    )
     assert [*tmp_path.iterdir()] == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
+@pytest.mark.parametrize("stage", ["export_onnx", "build_engine", "compare"])
 def test_interruptions(
     exported: Exported,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: Any,
+    stage: str,
     number: signal.Signals,
 ) -> None:
-    def interrupted(graph: Any, work: Path, *_: Any) -> Any:
+    """In every long stage: what was there before is still there, and nothing else."""
+
+    def interrupted(*arguments: Any) -> Any:
+        work = next(x for x in arguments if isinstance(x, Path))
         (work / "half").write_text("")
         os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(folder, "export_onnx", interrupted)
+    target = Path(shutil.copytree(exported.folder, tmp_path / "out"))
+    command = [str(exported.model), "--out", str(target), "--batch", "1..3"]
+    if stage == "build_engine":
+        pytest.importorskip("tensorrt_rtx")
+        command.append("--trt-rtx")
+    before = verify(target)
+    commands = [command, ["--check", str(target)]] if stage == "compare" else [command]
+    monkeypatch.setattr(folder, "export_onnx", reuse(exported))
+    monkeypatch.setattr(folder, stage, interrupted)
     # In the background shells ignore it.
     foreground = signal.signal(signal.SIGINT, signal.default_int_handler)
-    before = signal.getsignal(signal.SIGTERM)
+    handler = signal.getsignal(signal.SIGTERM)
     try:
-        assert cli.main([str(exported.model), "--out", str(tmp_path / "out")]) == 130
+        codes = [cli.main(command) for command in commands]
     finally:
         signal.signal(signal.SIGINT, foreground)
+    assert set(codes) == {130}
     assert capsys.readouterr().err.endswith("mimdit-export: stopped; nothing was written\n")
-    assert [*tmp_path.iterdir()] == []
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert verify(target) == before
+    assert not (target / "half").exists() and [*tmp_path.iterdir()] == [target]
+    assert signal.getsignal(signal.SIGTERM) == handler
 
 
 def test_an_operator_that_onnx_lacks(exported: Exported, tmp_path: Path) -> None:
@@ -179,7 +200,9 @@ def test_equal_outputs_keep_their_names(exported: Exported, tmp_path: Path) -> N
 def test_an_operator_that_the_runtime_lacks(
     exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr(folder, "export_onnx", reuse(exported, damage.unknown_operator))
+    monkeypatch.setattr(
+        folder, "export_onnx", reuse(exported, damage.unknown_operator("conditioner"))
+    )
     assert cli.main([str(exported.model), "--out", str(tmp_path / "out")]) == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("mimdit-export: conditioner.onnx: onnxruntime cannot load it")

@@ -1,7 +1,11 @@
 """Folders that are not what they were are refused, and none is ever half written."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -126,6 +130,41 @@ def test_a_failed_export_leaves_what_was_there(tmp_path: Path) -> None:
         stopped()
     assert (target / "x").read_text() == "second"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from export.manifest import finished_folder
+
+with finished_folder(Path(sys.argv[1])) as work:
+    (work / "x").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_export_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
+    target = tmp_path / "[out]*"
+    with finished_folder(target) as work:
+        write_manifest(work, {})
+    path = os.pathsep.join(p for p in (os.getcwd(), *sys.path) if p)
+    command = [sys.executable, "-c", KILLED, str(target)]
+    killed = subprocess.run(command, env=os.environ | {"PYTHONPATH": path})
+    assert killed.returncode == -signal.SIGKILL
+    verify(target)
+    assert [path.name for path in target.iterdir()] == ["manifest.json"]
+    (left,) = (path for path in tmp_path.iterdir() if path != target)
+    assert left.name.startswith(".") and (left / "x").read_text() == "half"
+    # The next export takes it away, but not what others are still writing.
+    with finished_folder(target) as one:
+        assert not left.exists()
+        with finished_folder(target) as two:
+            assert one.exists()
+            write_manifest(two, {"by": 2})
+        assert verify(target)["by"] == 2
+        write_manifest(one, {"by": 1})
+    assert verify(target)["by"] == 1
+    assert [*tmp_path.iterdir()] == [target]
 
 
 def test_other_folders_are_not_replaced(tmp_path: Path) -> None:

@@ -139,6 +139,8 @@ def test_pictures_equal_the_pipelines(
         ({"shifts": 3}, "shifts: expected one of 1, 2, 4, got 3"),
         ({"shifts": 0}, "shifts: expected one of 1, 2, 4, got 0"),
         ({"tile_batch": -1}, r"tile_batch: expected 0 \(automatic\) or more, got -1"),
+        ({"tile": -8}, r"tile: expected 0 \(automatic\) or pixels, got -8"),
+        ({"tile_overlap": -8}, "tile_overlap: expected at least 0, got -8"),
         ({"routing": "all"}, "routing: expected one of picture, tile, got 'all'"),
         ({"experts": {"se": 1}}, "experts: expected none for an exported folder, got {'se': 1}"),
         ({"tile": 40}, "tile: expected 0 or 64 to 192 pixels, got 40"),

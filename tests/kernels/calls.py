@@ -102,6 +102,21 @@ def calls(device: str) -> dict[str, Call]:
 
 
 NAMES = tuple(calls("cpu"))
+# Shapes of the same arguments with as many sizes of one as the calls' options allow.
+SMALLEST: dict[str, list[tuple[int, ...]]] = {
+    "image_gate": [(1, 1, 1, 1), (1, 8, 1), (1, 8)],
+    "topk_route": [(1, 2)],
+    "expert_linear": [(1, 1, 1), (1, 1, 1), (1, 1), (1, 1)],
+    "expert_combine": [(1, 1, 1, 1), (1, 1, 1), (1, 1), (1, 1), (1, 1), (1, 1, 1)],
+    "expert_depthwise3x3": [(1, 1, 1, 1, 1), (1, 1, 3, 3), (1, 1)],
+    "grouped_linear": [(1, 1), (1, 1, 1), *[(1, 1)] * 3, *[(1,)] * 4],
+    "layernorm_modulate": [(1, 1, 1), (1, 1), (1, 1)],
+    "gated_residual_layernorm_modulate": [(1, 1, 1), (1, 1, 1), (1, 1), (1, 1), (1, 1)],
+    "window_attention": [(1, 1, 1, 1, 6), (1, 9, 2), (1, 1)],
+    "channel_attention": [*[(1, 1, 1, 2)] * 3, (1, 2), (1, 2, 2), (1, 1)],
+    "squeeze_excite": [(1, 1, 1), (1, 1, 1), (1, 1), (1, 1, 1), (1, 1), (1, 1), (1, 1)],
+    "joint_qkv": [(1, 1, 6), (1, 1, 6), (1,), (1,)],
+}
 
 
 def tensors(out: object) -> list[Tensor]:

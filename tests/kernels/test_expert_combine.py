@@ -149,8 +149,18 @@ def test_bad_arguments() -> None:
         expert_combine(x[0], weight, index, gate)
     with pytest.raises(ValueError, match="residual: expected shape"):
         expert_combine(x, weight, index, gate, bias=bias, residual=residual[:, 1:])
-    with pytest.raises(ValueError, match="weight: expected shape"):
-        expert_combine([x, x], [weight, weight[:, 1:]], [index] * 2, [gate] * 2)
+    with pytest.raises(ValueError, match="x: expected at least one group, got none"):
+        expert_combine([], [], [], [])
+    # Of several groups the sentence says which.
+    two = {"x": [x] * 2, "weight": [weight] * 2, "index": [index] * 2, "gate": [gate] * 2}
+    for name, bad, message in (
+        ("x", x.double(), r"x\[1\]: expected torch.float32 as x\[0\]"),
+        ("weight", weight[:, 1:], r"weight\[1\]: expected shape"),
+        ("index", index + 4, r"index\[1\]: expected 0 to 3"),
+        ("gate", gate.half(), r"gate\[1\]: expected torch.float32 as x\[1\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            expert_combine(**(two | {name: [two[name][0], bad]}))
 
 
 @interpreted

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mimkernels import expert_depthwise3x3
 from mimkernels.expert_depthwise3x3 import expert_depthwise3x3_reference
+from mimkernels.explain import recorded, without_data
 from tests.kernels.common import (
     DEVICE,
     DTYPES,
@@ -86,6 +87,14 @@ def test_pictures_of_a_batch_equal_their_single_runs() -> None:
         assert torch.equal(triton_op(x[b : b + 1], weight, index[b : b + 1]), both[b : b + 1])
     # Nobody picked the expert with number 1.
     assert [bool(g.any()) for g in grads[1]] == [True, False, True, True]
+
+
+def test_pictures_of_millions_of_pixels_fit_into_a_grid() -> None:
+    x, weight, index = (without_data(v) for v in inputs(1, 1, 1, 1))
+    with recorded("sm_90") as launches:
+        triton_op(x.expand(1, 1, 2048, 2048, 70), weight, index)
+    # CUDA's limit of the second and the third axis; the first has two billion.
+    assert max(launches[0].grid[1:]) <= 65_535
 
 
 def test_operators_pass_opcheck_and_compile() -> None:

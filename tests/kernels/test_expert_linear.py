@@ -176,6 +176,9 @@ def test_choice_of_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(expert_linear(x, weight, index), expert_linear_reference(x, weight, index))
     with use_backend("triton"):
         assert torch.equal(expert_linear(x, weight, index), triton_op(x, weight, index))
+    monkeypatch.setattr("mimkernels.backend._default", "cuda")
+    with pytest.raises(ValueError, match=r"^MIMKERNELS_BACKEND: expected one of auto, triton"):
+        expert_linear(x, weight, index)
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(ValueError, match="cannot run here, the tensors are on the CPU"):
         triton_op(x, weight, index)

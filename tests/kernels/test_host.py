@@ -9,6 +9,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mimkernels import layernorm_modulate
 from mimkernels.backend import noting_launches
 from mimkernels.explain import recorded, without_data
 from tests.kernels.calls import NAMES, calls, tensors
@@ -53,6 +54,17 @@ def test_launches_and_gradients_need_no_data(name: str) -> None:
     assert forward > 0
     # The routers' gradients are a few small products of torch's.
     assert len(launches) > forward or name == "image_gate"
+
+
+def test_batches_that_no_grid_holds() -> None:
+    """CUDA's own error, an invalid argument, would not say which."""
+    x, shift = torch.empty(65_536, 1, 8, device="meta"), torch.empty(1, 8, device="meta")
+    sentence = r"batch: expected at most 65535 pictures .*, got a grid of \[1, 65536\]"
+    with recorded("sm_90") as launches:
+        layernorm_modulate(x[1:], shift, shift)
+        with pytest.raises(ValueError, match=sentence):
+            layernorm_modulate(x, shift, shift)
+    assert len(launches) == 1
 
 
 WAITS = {

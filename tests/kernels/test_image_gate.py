@@ -131,6 +131,24 @@ def test_picks_stay_in_range_whatever_the_logits(experts: int) -> None:
     assert index.min() >= 0 and index.max() < experts
 
 
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_an_expert_that_its_bias_rules_out(renormalize: bool) -> None:
+    x, weight, bias = inputs()
+    # One of the groups, and one of a group's experts, which is picked last and weighs nothing.
+    bias[0, 2], bias[:, 4 + 1] = float("-inf"), float("-inf")
+    check([x, weight, bias], 4, 4, 4, renormalize)
+    options = {"groups": 4, "experts": 4, "k": 4, "renormalize": renormalize}
+    inter, intra, index = triton_gate(x, weight, bias, **options)
+    assert (inter[0, :, 2] == 0).all() and (inter[1:] > 0).all()
+    assert (index[:, :, 0, 3] == 1).all() and (intra[:, :, 0, 3] == 0).all()
+    # Softmax has no answer where all are ruled out.
+    bias[1, 4:8] = float("-inf")
+    for backend in ("triton", "torch"):
+        _, intra, index = image_gate(x, weight, bias, **options, backend=backend)
+        assert intra[1, :, 0].isnan().all() and intra[1, :, 1:].isfinite().all()
+        assert index.min() >= 0 and index.max() < 4
+
+
 def test_one_layer_needs_no_layer_axis() -> None:
     x, weight, bias = inputs()
     options = {"groups": 4, "experts": 4, "k": 2}

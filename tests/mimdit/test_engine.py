@@ -119,6 +119,31 @@ def test_pictures_of_a_pipeline(size: tuple[int, int]) -> None:
 
 
 @torch.no_grad()
+def test_keys_and_values_of_all_blocks_at_once() -> None:
+    for options in ({"qk_norm": "rms_norm"}, {"dual_attention_layers": ()}):
+        model = drawn(num_layers=3, **options)
+        engine: Any = accelerate(model).engine
+        _, z, _ = inputs()
+        tokens = [*torch.randn(3, 2, 15, model.inner_dim, dtype=z.dtype)]
+        each = zip(engine.blocks, tokens, strict=True)
+        wanted = torch.stack([torch.stack(b.keys_and_values(m)) for b, m in each], dim=1)
+        for given, parts in ((tokens, [3]), ([*tokens[:2], tokens[2].clone()], [2, 1])):
+            found = engine._keys_and_values(given)
+            assert [pair.shape[1] for pair in found] == parts
+            # Diffusers' RMSNorm has a float32 variance.
+            tolerance = 1e-6 if "qk_norm" in options else 1e-12
+            torch.testing.assert_close(torch.cat(found, 1), wanted, rtol=0, atol=tolerance)
+        # A layer of another kind: block by block, as it is.
+        model.transformer_blocks[1].attn.to_k = torch.nn.Sequential(
+            model.transformer_blocks[1].attn.to_k
+        )
+        engine: Any = accelerate(model).engine
+        found = engine._keys_and_values(tokens)
+        assert [pair.shape[1] for pair in found] == [1, 1, 1]
+        torch.testing.assert_close(torch.cat(found, 1), wanted, rtol=0, atol=tolerance)
+
+
+@torch.no_grad()
 def test_shapes_are_kept_up_to_a_bound() -> None:
     model = accelerate(drawn(), shapes=2)
     for height in (8, 10, 12, 8):

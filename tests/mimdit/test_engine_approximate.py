@@ -7,9 +7,11 @@ import torch
 from diffusers.hooks import FirstBlockCacheConfig
 from torch import Tensor, nn
 
-from mimdit import accelerate, experts, mim, quantized
+from mimdit import accelerate, experts, mim, planning, quantized
 from mimdit.engine import engine as engines
+from mimdit.engine import first_block
 from mimdit.engine.linears import FusedLinear
+from mimdit.loading import assemble
 from mimdit.quantized import (
     KINDS,
     QuantizedBank,
@@ -149,20 +151,100 @@ def test_first_block_cache() -> None:
 @torch.no_grad()
 def test_the_cache_is_of_a_picture_a_branch_and_a_run() -> None:
     model = accelerate(drawn(), first_block_cache=FirstBlockCacheConfig(threshold=1e6))
-    x, z, t = inputs()
+    x, z, _ = inputs()
     engine: Any = model.engine
     first, second = model.encode_condition(z), model.encode_condition(z.flip(-1))
     other = model.prompt()[0] * 2
-    with engine.steps(t, [model.prompt()[1]]):
-        for given, text in ((first, None), (second, None), (first, other)):
-            model(x, t, given, encoder_hidden_states=text)
-            assert engine.skipped == 0
-        model(x, t, first)
-        model(x, t, second)
-        assert engine.skipped == 2
-    with engine.steps(t, [model.prompt()[1]]):
-        model(x, t, first)
-        assert engine.skipped == 0
+    times = torch.tensor([1000.0, 500.0])
+    for _ in range(2):
+        with engine.steps(times, [model.prompt()[1]]):
+            for given, text in ((first, None), (second, None), (first, other)):
+                model(x, times[:1], given, encoder_hidden_states=text)
+                assert engine.skipped == 0
+            model(x, times[1:], first)
+            model(x, times[1:], second)
+            assert engine.skipped == 2
+    # Without a word where runs begin and end, rising time tells; what was skipped is counted on.
+    for time in (900.0, 600.0, 900.0, 600.0):
+        model(x, torch.tensor([time]), first)
+    assert engine.skipped == 4
+
+
+@torch.no_grad()
+def test_the_cache_knows_pictures_whose_conditions_and_texts_are_made_anew() -> None:
+    """And what it keeps does not grow with steps, nor with pictures."""
+    model = accelerate(drawn(), first_block_cache=1e6)
+    engine: Any = model.engine
+    texts, held = (model.prompt()[0], model.prompt()[0] * 2), []
+    most = 0
+    for seed in range(2):
+        x, z, _ = inputs(seed, size=(8, 8))
+        for time in (1000.0, 700.0, 400.0):
+            for text in texts:
+                # Kept alive, so that no address comes twice.
+                held.append(text.clone())
+                given = {"lq_latents": z.clone(), "encoder_hidden_states": held[-1]}
+                model(x, torch.tensor([time]), **given)
+        assert engine.skipped == (seed + 1) * 2 * len(texts)
+        most = most or engine._run.cache.bytes
+        assert 0 < engine._run.cache.bytes <= most
+    # Pictures that never end, either.
+    for seed in range(12):
+        x, z, t = inputs(seed, size=(8, 8))
+        model(x, t, lq_latents=z)
+    assert engine._run.cache.bytes <= first_block._LOOSE * most / len(texts)
+
+
+@torch.no_grad()
+def test_branches_whose_texts_take_turns_at_one_address() -> None:
+    """A cast text goes after its call, and the other branch's may lie where it was."""
+    model = accelerate(drawn(), first_block_cache=1e6)
+    engine: Any = model.engine
+    x, z, _ = inputs()
+    condition = model.encode_condition(z)
+    texts = [model.prompt()[0] * scale for scale in (1, 8)]
+
+    def run(some: list[Tensor]) -> list[Tensor]:
+        found = []
+        with engine.steps(torch.tensor([1000.0, 500.0]), [model.prompt()[1]]):
+            for time in (1000.0, 500.0):
+                for text in some:
+                    given = {"encoder_hidden_states": text.clone()}
+                    found.append(model(x, torch.tensor([time]), condition, **given).sample)
+                    del given
+        assert engine.skipped == len(some)
+        return found
+
+    alone = [run([text])[1] for text in texts]
+    assert not torch.equal(*alone)
+    for found, wanted in zip(run(texts)[2:], alone, strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_the_cache_of_tiles_whose_conditions_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = assemble(drawn(), 4)
+    pipe.set_progress_bar_config(disable=True)
+    accelerate(pipe, first_block_cache=1e6)
+    picture = torch.rand(1, 3, 96, 64, generator=torch.Generator().manual_seed(3))
+
+    def run() -> Tensor:
+        g = torch.Generator().manual_seed(0)
+        return pipe(picture, tile=64, tile_overlap=0, generator=g, output_type="pt").images
+
+    def skipped() -> int:
+        return pipe.transformer.engine.skipped  # pyright: ignore
+
+    kept, count = run(), skipped()
+    # All steps of all tiles but the first of each.
+    assert count > 3 and count % 3 == 0
+    monkeypatch.setattr(planning, "_KEPT", 0)
+    assert torch.equal(run(), kept) and skipped() == count
+    # Without memory for it nothing is kept, and all blocks run.
+    monkeypatch.setattr(first_block, "free_memory", lambda _: 0)
+    exact = run()
+    assert skipped() == 0
+    accelerate(pipe)
+    assert relative(exact, run()) < 1e-5
 
 
 def test_bad_thresholds() -> None:

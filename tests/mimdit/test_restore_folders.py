@@ -2,8 +2,6 @@
 
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -237,57 +235,3 @@ def test_urls_without_pictures_are_a_sentence(pipe, capsys, url):
     assert main(["-i", url, "-o", "out"]) == 1
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1 and url in err
-
-
-SLOW_RUN = """
-import sys
-from tests.mimdit.test_restore_folders import Inverter
-import mimdit.loading, mimdit.engine
-mimdit.loading.load_pipeline = lambda *_: Inverter(0.02)
-mimdit.engine.accelerate = lambda pipe: pipe
-from mimdit.cli.restore import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
-def test_stopped_runs_leave_whole_files_and_resume_finishes_them(tmp_path, sign):
-    rng = np.random.default_rng(int(sign))
-    (tmp_path / "in/x").mkdir(parents=True)
-    for i in range(30):
-        pixels = rng.integers(0, 255, (300, 300, 3), np.uint8)
-        Image.fromarray(pixels).save(tmp_path / f"in/{'x/' * (i % 2)}{i}.png")
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-c", SLOW_RUN, "-i", "in", "--report", "--compare"]
-    env = {**os.environ, "PYTHONPATH": str(root)}
-
-    def run(output, *more):
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        return subprocess.Popen([*command, "-o", output, *more], cwd=tmp_path, env=env, **quiet)
-
-    assert run("whole").wait() == 0
-    wanted = {n: (tmp_path / "whole" / n).read_bytes() for n in tree(tmp_path / "whole")}
-    pictures = {n for n in wanted if n.endswith(".png")}
-    rounds = 0
-    while True:
-        started = run("cut", "--resume")
-        while started.poll() is None and not (tmp_path / "cut").exists():
-            time.sleep(0.01)
-        time.sleep(float(rng.uniform(0, 0.4)))
-        started.send_signal(sign)
-        started.wait()
-        for name in tree(tmp_path / "cut"):
-            if name in pictures:
-                assert (tmp_path / "cut" / name).read_bytes() == wanted[name]
-            elif not name.endswith((".json", ".html")):
-                assert name.endswith(".part") and Path(name).name.startswith(".")
-        rounds += 1
-        if started.returncode == 0 or rounds == 8:
-            break
-    assert rounds > 1
-    assert run("cut", "--resume").wait() == 0
-    left = {n for n in tree(tmp_path / "cut") if not n.endswith(".part")}
-    assert left == set(wanted)
-    for name in pictures:
-        assert (tmp_path / "cut" / name).read_bytes() == wanted[name]

@@ -45,6 +45,59 @@ def test_schedule_counts_every_picture_once() -> None:
         assert Schedule(held, processes).at(6).first == Schedule(held, 1).at(6).first == 48
 
 
+MIXED = replace(RUN, steps=11, stages=((16, 4, 0.25), ((16, 32, 16), (4, 2, 1), 0.75)))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("settings", [MIXED, replace(MIXED, accumulation=3)])
+def test_crops_of_a_stage_take_turns(settings: Settings, processes: int) -> None:
+    schedule = Schedule(settings, processes)
+    # Steps 0 to 2 are the first stage; then 16:4, 32:2 and 16:1 in turn, and two left over.
+    sizes = [(16, 4)] * 3 + [(16, 4), (32, 2), (16, 1)] * 2 + [(16, 4), (32, 2)]
+    steps = [schedule.at(step) for step in range(11)]
+    assert [(step.crop, step.batch) for step in steps] == sizes
+    assert [stage_of(step, settings) for step in range(11)] == sizes
+    taken = [
+        n
+        for step in range(11)
+        for i in range(schedule.at(step).passes)
+        for rank in range(processes)
+        for n in schedule.pictures(step, i, rank)
+    ]
+    assert taken == list(range(len(taken)))
+    assert [schedule.end_of_stage(step) for step in (0, 2, 3, 10)] == [3, 3, 11, 11]
+    of_step = [s.crop**2 * s.batch * s.passes * processes for s in steps]
+    for begun, end in ((0, 11), (2, 5), (4, 10), (7, 7), (3, 11)):
+        assert schedule.pixels(begun, end) == sum(of_step[begun:end])
+
+
+def test_a_total_batch_fits_every_crop_of_a_turn() -> None:
+    held = replace(RUN, stages=(((16, 32), (4, 2), 1.0),), total_batch=8)
+    assert [(s.passes, s.first) for s in map(Schedule(held, 2).at, range(3))] == [
+        (1, 0),
+        (2, 8),
+        (1, 16),
+    ]
+    with pytest.raises(ValueError, match=r"multiple of 6 \(2 processes × 3 pictures\), got 8"):
+        Schedule(replace(held, stages=(((16, 32), (4, 3), 1.0),)), 2)
+
+
+def test_each_crop_of_a_turn_has_batches_of_its_own_from_any_step() -> None:
+    schedule = Schedule(MIXED, 1)
+    for begun in (3, 5, 7):
+        streams = {
+            crop: batches(pairs(MIXED, crop), schedule, step, 0, 0)
+            for crop in (16, 32)
+            for step in [min(s for s in range(begun, 11) if schedule.at(s).crop == crop)]
+        }
+        for step in range(begun, 11):
+            now = schedule.at(step)
+            batch = next(streams[now.crop])
+            assert batch["numbers"] == schedule.pictures(step, 0, 0)
+            assert batch["clean"].shape == (now.batch, 3, now.crop, now.crop)
+        assert not [left for stream in streams.values() for left in stream]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_the_same_for_two_processes_from_any_step(workers: int) -> None:
     source = pairs(RUN, 16)

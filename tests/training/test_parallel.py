@@ -78,6 +78,16 @@ def test_passes_add_up_to_a_larger_batch(tmp_path: Path) -> None:
         torch.testing.assert_close(b[name], tensor, **TOLERANCE)
 
 
+def test_crops_in_turn_are_the_same_for_two_processes(tmp_path: Path) -> None:
+    """Also where the run goes on in the middle of a turn."""
+    one = replace(settings(tmp_path / "one", steps=5), stages=(((32, 64), (4, 2), 1.0),))
+    two = replace(one, output=str(tmp_path / "two"), stages=(((32, 64), (2, 1), 1.0),))
+    train(model64(), pixel_codec(), one)
+    run_team(tmp_path, "part", replace(two, steps=3))
+    run_team(tmp_path, "rest", two, resume="latest")
+    assert_close(tmp_path / "one/checkpoint-5", tmp_path / "two/checkpoint-5")
+
+
 def test_sharding_names_what_it_needs(tmp_path: Path) -> None:
     alone = replace(settings(tmp_path), sharded=True)
     with pytest.raises(ValueError, match=r"--fsdp: expected several processes .* got one"):

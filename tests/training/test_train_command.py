@@ -57,6 +57,10 @@ def test_flags_override_files_and_files_presets(tmp_path: Path) -> None:
         )
         assert model.preset == "debug" and model.options == {"groups": ["se", "se"]}
     assert resolved("--resolution", "64")[0].stages == ((64, 12, 1.0),)
+    mixed = ["--stages", "128:12+256:3:0.75;256:3:0.25"]
+    assert resolved(*mixed)[0].stages == (((128, 256), (12, 3), 0.75), (256, 3, 0.25))
+    assert resolved(*mixed, "--train-batch-size", "2")[0].stages[0] == ((128, 256), 2, 0.75)
+    assert resolved(*mixed, "--resolution", "64")[0].stages == ((64, 12, 1.0),)
     assert resolved("--train-batch-size", "5")[0].stages == ((128, 5, 0.6), (256, 5, 0.4))
 
 
@@ -71,6 +75,9 @@ def test_flags_override_files_and_files_presets(tmp_path: Path) -> None:
         ("a: [", "cannot be read"),
         ("preset: huge", "preset: expected one of tiny, debug"),
         ("stages: 64", "--stages: expected crop:batch:share"),
+        ("stages: 64:1+128:1", "--stages: expected crop:batch:share"),
+        ("stages: 64:1+128:1:1:1", "--stages: expected crop:batch:share"),
+        ("stages: 64:1+0:1:1", "stages: expected crops and batches from 1, got 0:1"),
     ],
 )
 def test_faults_in_files(tmp_path: Path, content: str, expected: str) -> None:
