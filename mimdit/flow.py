@@ -98,10 +98,10 @@ def to_velocity(
       v = (x_t − x̂0)/t the division by t cancels, so small t magnifies nothing.
     - "log_affine": for unshuffled pixels. With y = c(mean) − 1 on a logarithmic scale of brightness
       c, white at 1, three more channels G (a colour each), and a = t/√n:
-      c(x̂0) − 1 = (y + a·F)·e^(a·G), within bounds that no picture reaches. Haze and darkness are then undone by smooth F and G at full
-      detail, where a residual alone would have to carry the detail of the whole picture through the
-      network. With 2·c channels more the mean first goes through `reshape_spectrum` with strength
-      a/s, which smooths and sharpens.
+      c(x̂0) − 1 = (y + a·F)·e^(a·G), within bounds that no picture reaches. Haze and
+      darkness are then undone by smooth F and G at full detail, where a residual alone would have
+      to carry the detail of the whole picture through the network. With 2·c channels more the
+      mean first goes through `reshape_spectrum` with strength a/s, which smooths and sharpens.
     """
     if prediction_type == "velocity":
         return output

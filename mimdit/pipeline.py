@@ -150,9 +150,9 @@ class MiMDiTPipeline(
                 numpy in [0,255] or [0,65535]), or a list of pictures.
             num_inference_steps, shifts: by default what the model recommends; shifts is 1 where
                 only the steps are named.
-            shifts: 1, 2 or 4 grids of patches, shifted by parts of one. The picture is restored on each
-                and the results are averaged (cycle spinning; Coifman and Donoho, 1995), so that
-                edges of patches vanish; the time multiplies. Latents come from one grid.
+            shifts: 1, 2 or 4 grids of patches, shifted by parts of one. The picture is restored on
+                each and the results are averaged (cycle spinning; Coifman and Donoho, 1995), so
+                that edges of patches vanish; the time multiplies. Latents come from one grid.
             prompt, negative_prompt: captions, where the pipeline has text encoders; by default the
                 stored embeddings.
             guidance_scale: other than 1 runs both prompts, which must differ.

@@ -202,7 +202,7 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
 
     @apply_forward_hook
     def pool_condition(self, lq_latents: Tensor) -> Tensor:
-        """Token means (and mean squares) [L,B,d or 2d]: average them over tiles, then `mim.route` them."""
+        """Token means (and mean squares) [L,B,d or 2d]: average over tiles, then `mim.route`."""
         return self.mim.pool(self._embed(lq_latents))
 
     @apply_forward_hook

@@ -4,7 +4,7 @@ How many processes and workers share the work, and where a run was interrupted, 
 """
 
 import signal
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Generator, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from training.config import Settings
-from training.data import CleanCrops, stored, tensor
+from training.data import CleanCrops, drawn_pair, tensor
 from training.datasets.crops import training_set
-from training.degrade import degrade, sample_kinds
 from training.schedule import Schedule
 
 # What a number is drawn for; each purpose has a stream of its own.
@@ -25,11 +24,8 @@ Pair = dict[str, Any]
 
 
 class DrawnPairs(Dataset[Pair]):
-    """Pairs damaged on the fly, without end: `clean` and `damaged` [3,size,size] in [0,1], `kinds`
-    (joined by "+") and `name`.
-
-    The damaged crop is rounded to 8 bits, as a stored picture is.
-    """
+    """Pairs damaged on the fly (`data.drawn_pair`), without end: `clean` and `damaged`
+    [3,size,size] in [0,1], `kinds` (joined by "+") and `name`."""
 
     def __init__(
         self, size: int, seed: int = 0, mixtures: float = 0.25, path: str | Path | None = None
@@ -39,12 +35,11 @@ class DrawnPairs(Dataset[Pair]):
         self.crops = CleanCrops(size, np.random.default_rng(0), path=path)
 
     def __getitem__(self, index: int) -> Pair:
-        self.crops.rng = rng = np.random.default_rng([self.seed, _PAIR, index])
-        clean = next(self.crops)
-        damaged, label = degrade(clean, sample_kinds(rng, self.mixtures), rng)
+        self.crops.rng = np.random.default_rng([self.seed, _PAIR, index])
+        clean, damaged, label = drawn_pair(self.crops, self.mixtures)
         return {
             "clean": tensor(clean),
-            "damaged": tensor(stored(damaged)),
+            "damaged": tensor(damaged),
             "kinds": "+".join(label.kinds),
             "name": f"drawn-{index}",
         }
@@ -95,7 +90,7 @@ def pairs(settings: Settings, crop: int) -> Dataset[Pair]:
 
 def batches(
     source: Dataset[Pair], schedule: Schedule, step: int, rank: int, workers: int
-) -> Iterator[Pair]:
+) -> Generator[Pair]:
     """Batches of one process of the steps with the crop of `step`, from it to the end of its
     stage, pass by pass."""
     crop = schedule.at(step).crop

@@ -18,8 +18,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from training.datasets.pairs import EXTENSIONS, pictures
 from training.datasets.reading import Box, PictureFile, resampled
-from training.degrade import degrade, sample_kinds
-from training.scenes import procedural
+from training.degrade import Label, degrade, sample_kinds
+from training.scenes import procedural, with_sky
 
 HELD_OUT = {
     "coffee": ("skimage", "data/coffee.png"),
@@ -46,6 +46,10 @@ PHOTOGRAPHS = {
     "text": ("skimage", "data/text.png", 0.05),
     "moon": ("skimage", "data/moon.png", 0.03),
 }
+
+
+# Crops that get a drawn sky, and hazy pictures that are a part of a larger one.
+SKY_SHARE, PART_SHARE = 0.25, 0.4
 
 
 def _read(path: Path) -> np.ndarray:
@@ -119,6 +123,10 @@ class CleanCrops(Iterator[np.ndarray]):
         self.pictures = [Image.fromarray(picture) for picture in photographs]
 
     def __next__(self) -> np.ndarray:
+        crop = self._crop()
+        return with_sky(crop, self.rng) if self.rng.random() < SKY_SHARE else crop
+
+    def _crop(self) -> np.ndarray:
         rng = self.rng
         if rng.random() < self.procedural_share:
             return procedural(self.size, rng)
@@ -130,6 +138,27 @@ class CleanCrops(Iterator[np.ndarray]):
             return procedural(self.size, rng)
         picture = self.pictures[int(rng.choice(len(self.pictures), p=self.weights))]
         return clean_crop(picture, self.size, rng)
+
+
+def drawn_pair(crops: CleanCrops, mixtures: float) -> tuple[np.ndarray, np.ndarray, Label]:
+    """The next clean crop, damaged: clean, damaged (rounded to 8 bits, as a stored picture is), and
+    what was done. The draws come from `crops.rng`.
+
+    A hazy crop may be a part of a larger picture, as the tiles of a restoration are: its haze then
+    is a part of the whole one's.
+    """
+    rng, size = crops.rng, crops.size
+    kinds = sample_kinds(rng, mixtures)
+    part = "haze" in kinds and rng.random() < PART_SHARE
+    crops.size = whole = size * 3 // 2 if part else size
+    try:
+        clean = next(crops)
+    finally:
+        crops.size = size
+    damaged, label = degrade(clean, kinds, rng)
+    top, left = rng.integers(0, whole - size + 1, 2) if part else (0, 0)
+    inner = (slice(top, top + size), slice(left, left + size))
+    return clean[inner], stored(damaged[inner]), label
 
 
 def clean_crop(
@@ -204,11 +233,12 @@ class PairDataset(IterableDataset[dict[str, torch.Tensor | str]]):
     def __iter__(self) -> Iterator[dict[str, torch.Tensor | str]]:
         worker = get_worker_info()
         rng = np.random.default_rng([self.seed, worker.id if worker is not None else 0])
-        for clean in CleanCrops(self.size, rng, self.procedural_share, self.path):
-            damaged, label = degrade(clean, sample_kinds(rng, self.mixtures), rng)
+        crops = CleanCrops(self.size, rng, self.procedural_share, self.path)
+        while True:
+            clean, damaged, label = drawn_pair(crops, self.mixtures)
             yield {
                 "clean": tensor(clean),
-                "damaged": tensor(stored(damaged)),
+                "damaged": tensor(damaged),
                 "kinds": "+".join(label.kinds),
             }
 

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -82,6 +82,7 @@ def train(
                 if look and validator is not None:
                     run.validate(step, validator, reports)
     finally:
+        run.close()
         reports.close()
     run.ema.copy_to(run.trained)
     return unsharded(model, team.sharded).eval()
@@ -143,7 +144,7 @@ class _Run:
         self.ema = EMAModel(self.trained, decay=settings.ema, use_ema_warmup=True, power=0.75)
         self.state = checkpoints.Checkpoint(model, self.optimisers, self.ema, settings, team)
         # Batches of the current stage, by crop.
-        self._streams: dict[int, Iterator[Pair]] = {}
+        self._streams: dict[int, Generator[Pair]] = {}
         self._until = -1
 
     def stream(self, step: int, check: Callable[[], None]) -> Iterator[Pair]:
@@ -153,7 +154,7 @@ class _Run:
         """
         crop = self.schedule.at(step).crop
         if step >= self._until:
-            self._streams = {}
+            self.close()
             self._until = self.schedule.end_of_stage(step)
         if crop not in self._streams:
             source = pairs(self.settings, crop) if self.source is None else self.source
@@ -162,6 +163,12 @@ class _Run:
             rank, workers = self.team.rank, self.settings.workers
             self._streams[crop] = batches(source, self.schedule, step, rank, workers)
         return self._streams[crop]
+
+    def close(self) -> None:
+        """End the loaders' processes, which ignore the signals that end a run."""
+        for stream in self._streams.values():
+            stream.close()
+        self._streams = {}
 
     def step(self, step: int, stream: Iterator[Pair], reports: Reports) -> None:
         """One step; until its end nothing that a checkpoint holds has changed."""

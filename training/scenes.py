@@ -178,3 +178,28 @@ def procedural(size: int, rng: np.random.Generator) -> np.ndarray:
     scene = scene * (0.85 + 0.3 * _ramp(size, rng))
     scene = np.clip(scene, 0.0, 1.0).astype(np.float32)
     return np.ascontiguousarray(scene.transpose(1, 2, 0))
+
+
+def with_sky(scene: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A scene [size,size,3] under a sky, mostly light, from a random skyline upwards.
+
+    Hazy ground and bright sky look alike; that what is far up is mostly light must be known.
+    """
+    size = len(scene)
+    line = np.cumsum(rng.standard_normal(size, dtype=np.float32)) * np.float32(size**0.5 * 0.02)
+    for _ in range(int(rng.integers(0, 5))):
+        left, width = rng.integers(0, size), rng.integers(1, max(2, size // 4))
+        line[left : left + width] -= np.float32(rng.uniform(0, 0.25) * size)
+    line += np.float32(size * rng.uniform(0.15, 0.6)) - line.mean()
+    value = rng.uniform(0.7, 1.0, 2) if rng.random() < 0.85 else rng.uniform(0.2, 0.8, 2)
+    # Red, then green, of a sky whose blue is full; less colour at the horizon, below.
+    tint = 1 - rng.uniform(0, 0.45) * np.array([[1.0, 0.5, 0.0], [0.3, 0.15, 0.0]])
+    if rng.random() < 0.15:
+        tint = tint[:, ::-1]
+    y, _ = np.mgrid[0:size, 0:size].astype(np.float32)
+    share = np.clip(y / np.maximum(line, 1), 0, 1)[..., None]
+    ends = (value[:, None] * tint).astype(np.float32)
+    sky = ends[0] * (1 - share) + ends[1] * share
+    cloud = _pink(size, rng, rng.uniform(1.2, 1.8))[..., None] * np.float32(rng.uniform(0, 0.07))
+    above = np.clip(line - y + 0.5, 0, 1)[..., None]
+    return np.clip(scene + (sky + cloud - scene) * above, 0.0, 1.0).astype(np.float32)

@@ -33,3 +33,10 @@ def test_arrays_that_torch_cannot_share() -> None:
     fixed.flags.writeable = False
     for other in (array[::-1], fixed, array[::-1].astype(np.float64)):
         assert torch.equal(to_tensor(other), to_tensor(array[::-1].copy()))
+
+
+def test_whole_numbers_of_other_types_are_refused_by_name() -> None:
+    deep = RNG.integers(0, 65536, (5, 7, 3), dtype=np.uint16)
+    assert torch.equal(to_tensor(deep.astype(">u2")), to_tensor(deep))
+    with pytest.raises(ValueError, match=r"expected uint8, uint16 or floats .* got int64"):
+        to_tensor(deep.astype(np.int64))

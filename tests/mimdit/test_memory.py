@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ from torch import Tensor
 from mimdit import accelerate
 from mimdit.engine import plan
 from mimdit.loading import assemble
-from mimdit.memory import shrinking
+from mimdit.memory import _container_room, shrinking
 from mimdit.presets import build
 from mimdit.sampling import Denoiser
 from tests.bench.counted import step_flops
@@ -78,3 +79,13 @@ def test_planned_memory_is_what_is_held() -> None:
     (workspace,) = model.engine.workspaces.values()  # pyright: ignore
     assert made.buffers == workspace.bytes
     assert made.weights == sum(p.numel() * 4 for p in model.parameters())
+
+
+def test_a_containers_limit_counts(tmp_path: Path) -> None:
+    assert _container_room(tmp_path) is None
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("anon 600\ninactive_file 250\n")
+    assert _container_room(tmp_path) == 350
+    (tmp_path / "memory.max").write_text("max\n")
+    assert _container_room(tmp_path) is None

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from training import scenes
-from training.scenes import _pink, procedural
+from training.scenes import _pink, procedural, with_sky
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 17, 64])
@@ -74,3 +74,19 @@ def test_scenes_have_the_spectrum_of_photographs() -> None:
     middle = np.log([0.04 * 1.5**i for i in range(6)])
     slopes = [np.polyfit(middle, row, 1)[0] for row in power]
     assert -3 < np.median(slopes) < -1.8
+
+
+@pytest.mark.parametrize("size", [1, 5, 64])
+def test_skies_lie_above_and_leave_the_ground(size: int) -> None:
+    rng, light = np.random.default_rng(0), []
+    for _ in range(40):
+        scene = procedural(size, rng)
+        found = with_sky(scene, rng)
+        assert found.shape == scene.shape and found.dtype == np.float32
+        assert found.min() >= 0 and found.max() <= 1
+        changed = (found != scene).any(-1)
+        if size == 64:
+            # Every column is sky down to its skyline, and ground below.
+            assert (np.diff(changed[4:-1].astype(int), axis=0) <= 0).mean() > 0.95
+            light.append(float(found[:3].mean()))
+    assert size < 64 or np.median(light) > 0.65
