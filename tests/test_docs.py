@@ -73,13 +73,15 @@ def test_every_sentence_for_a_user_is_listed() -> None:
 
 
 def signatures() -> list[tuple[str, str]]:
-    """(dotted name, arguments) of the code lines of the interface page."""
+    """(dotted name, arguments) of the calls in the interface page, on one line or several."""
     text = (DOCS / "api.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    lines = [line for block in blocks for line in block.splitlines()]
-    found = [re.fullmatch(r"([\w.]+)\((.*)\)", line) for line in lines]
-    assert all(found)
-    return [(match[1], match[2]) for match in found if match]
+    found: list[tuple[str, str]] = []
+    for block in blocks:
+        calls = re.findall(r"^([\w.]+)\((.*?)\)$", block, re.MULTILINE | re.DOTALL)
+        assert len(calls) == len(re.findall(r"^\w", block, re.MULTILINE))
+        found += calls
+    return found
 
 
 def defined(name: str) -> ast.FunctionDef:
