@@ -26,7 +26,9 @@ def reshape_spectrum(pixels: Tensor, controls: Tensor, strength: Tensor) -> Tens
     of 2×2 cells. Blocks overlap by a cell; one between others takes the mean of their controls.
     strength: s [B,1,1,1]; at 0 the pixels come back.
     """
-    side = pixels.shape[-1] // controls.shape[-1]
+    side, given = pixels.shape[-1] // controls.shape[-1], pixels.dtype
+    wide = torch.promote_types(given, torch.float32)
+    pixels, controls, strength = (x.to(wide) for x in (pixels, controls, strength))
     # [4f²,f²,2,2]: the transform of a block, from its four cells of f² channels.
     basis = F.pixel_unshuffle(_cosines(2 * side, pixels), side)
     mix = F.normalize(torch.tensor(_OPPONENT, device=pixels.device, dtype=pixels.dtype), dim=1)
@@ -41,12 +43,14 @@ def reshape_spectrum(pixels: Tensor, controls: Tensor, strength: Tensor) -> Tens
     others = torch.ones(len(basis), 1, 1, device=pixels.device, dtype=pixels.dtype)
     others[0] = 0
     scale = others * strength.repeat_interleave(3, dim=0)
-    ratio = (scale * _LEAST * threshold.exp()).square() / (found.square() + 1e-6)
-    found = found * (scale * gain).exp() / (1 + ratio.square())
+    # Fourth powers, not a ratio of coefficients near zero, which rounding would decide.
+    power = found.square().square()
+    shrunk = power / (power + (scale * _LEAST * threshold.exp()).square().square() + 1e-30)
+    found = found * (scale * gain).exp() * shrunk
     # Each pixel lies in four blocks.
     planes = F.pixel_shuffle(F.conv_transpose2d(found, basis), side) / 4
     planes = planes[:, 0, side:-side, side:-side].reshape(pixels.shape)
-    return F.conv2d(planes, mix.T[:, :, None, None])
+    return F.conv2d(planes, mix.T[:, :, None, None]).to(given)
 
 
 def _of_blocks(controls: Tensor, side: int) -> Tensor:

@@ -19,7 +19,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ablation.main([*command, "--device", "cpu", "--precision", "fp32", "--out", str(out)]) == 0
     )
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert len({row["variant"] for row in rows}) == len(rows) == 9
+    assert len({row["variant"] for row in rows}) == len(rows) == 10
     assert all(row["parity"] and row["picture_p50_s"] > 0 for row in rows)
     assert "CUDA graph: left out, it needs a GPU" in capsys.readouterr().out
 

@@ -72,11 +72,15 @@ def rounds(stops: int, seed: int) -> dict[str, int]:
         while not complete:
             child = start("-o", folder, "--report", "--compare", "--resume")
             sign = (signal.SIGINT, signal.SIGKILL)[done["stops"] % 2]
-            if done["stops"] < stops:
+            stopping = done["stops"] < stops
+            if stopping:
                 time.sleep(rng.uniform(0.05, 0.8) * usual)
                 os.kill(child, sign)
             code = finished(child)
             complete = code == 0
+            if complete and stopping:
+                # It was faster than the first run; the next stop comes sooner.
+                usual *= 0.7
             if not complete:
                 assert code in (130, -signal.SIGINT, -signal.SIGKILL), code
                 done["stops"] += 1

@@ -77,7 +77,7 @@ def test_planned_memory_is_what_is_held() -> None:
     step_flops(model, 2, 24, 16)
     made = plan(model, (2, 48, 24, 16))
     (workspace,) = model.engine.workspaces.values()  # pyright: ignore
-    assert made.buffers == workspace.bytes
+    assert made.buffers == workspace.buffers.bytes
     assert made.weights == sum(p.numel() * 4 for p in model.parameters())
 
 

@@ -37,8 +37,8 @@ def expected(
             for colour in range(3):
                 found = torch.from_numpy(dctn(planes[colour][place], norm="ortho"))
                 g, h = (among(x[colour], i, j) for x in (gain, threshold))
-                ratio = (strength * 0.01 * h.exp()) ** 2 / (found**2 + 1e-6)
-                kept = found * (strength * g).exp() / (1 + ratio**2)
+                least = strength * 0.01 * h.exp()
+                kept = found * (strength * g).exp() * found**4 / (found**4 + least**4)
                 kept[0, 0] = found[0, 0]
                 out[colour][place] += torch.from_numpy(idctn(kept.numpy(), norm="ortho"))
     inner = (slice(side, -side), slice(side, -side))

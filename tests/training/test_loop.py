@@ -74,10 +74,11 @@ def test_resume_without_checkpoint(tmp_path: Path) -> None:
 
 def test_the_start_is_the_damaged_picture() -> None:
     model = align_positions_(build("tiny")).eval()
-    z, x1 = torch.randn(2, 1, 48, 32, 32)
+    z, x1 = torch.rand(1, 48, 32, 32) * 2 - 1, torch.randn(1, 48, 32, 32)
     with torch.no_grad():
         v = model(x1, torch.tensor([1000.0]), lq_latents=z).sample
-    torch.testing.assert_close(x1 - v, z)
+    # Half a step of 8 bits: what the thresholds of cosine coefficients take from the start.
+    torch.testing.assert_close(x1 - v, z, rtol=0, atol=1 / 255)
 
 
 def test_the_start_attends_to_the_same_place() -> None:
