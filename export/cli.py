@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _sentence(error: Exception, place: Path | str) -> str:
     """What went wrong; of a full disk the system says neither what did not fit nor what is left."""
-    if isinstance(error, OSError) and error.errno in _FULL:
+    if isinstance(error, OSError) and error.errno is not None and error.errno in _FULL:
         got = os.strerror(error.errno)
         return f"{place}: expected room for all of its files, got {got!r}; nothing was written"
     return first_line(error)

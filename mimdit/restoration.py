@@ -133,12 +133,12 @@ def restore(
             progress=progress,
         ).images  # [B,H,W,3]
     if output is not None:
-        write_picture(output, restored[0], picture)
+        write_picture(os.fspath(output), restored[0], picture)
     if picture is not None:
         return _as_pil(restored[0], picture)
     if isinstance(image, Tensor):
         return torch.from_numpy(restored).movedim(-1, -3).reshape(image.shape)
-    return _as_array(restored, image)
+    return _as_array(restored, given)
 
 
 def pick_device(wanted: str) -> str:

@@ -33,14 +33,18 @@ def check_folder(folder: Path) -> None:
                 f"got {part}"
             )
     if not isinstance(index.get("_class_name", ""), str):
-        raise ValueError("model_index.json: _class_name: expected a name, got a program's")
+        raise ValueError(
+            "model_index.json: _class_name: expected a name, got a class of the folder's own"
+        )
     config = _json(folder / "transformer" / "config.json")
     stored = _shapes(folder / "transformer")
     blocks = {n.split(".")[1] for n in stored if n.startswith("transformer_blocks.")}
     places, width = _table(stored)
     heads, head = config.get("num_attention_heads"), config.get("attention_head_dim")
-    whole = isinstance(heads, int) and isinstance(head, int)
-    product = heads * head if whole else None if heads is None or head is None else (heads, head)
+    if isinstance(heads, int) and isinstance(head, int):
+        product: object = heads * head
+    else:
+        product = None if heads is None or head is None else (heads, head)
     # What takes time or memory even in layers without data.
     for name, value, found in (
         ("num_layers", config.get("num_layers"), len(blocks)),

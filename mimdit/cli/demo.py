@@ -101,7 +101,7 @@ def serve(args: argparse.Namespace, folder: Path) -> Any:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "page")
     try:
-        import gradio
+        import gradio  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise StopError(
             f"the page needs Gradio ({first_line(error)}); pip install 'mimdit[demo]'"
@@ -149,7 +149,7 @@ def serve(args: argparse.Namespace, folder: Path) -> Any:
 
 def build_page(studio: Studio, args: argparse.Namespace) -> Any:
     """The page, not yet answering: a `gradio.Blocks`."""
-    import gradio as gr
+    import gradio as gr  # pyright: ignore[reportMissingImports]
 
     def failed(path: str | None, error: Exception) -> Exception:
         if args.debug:

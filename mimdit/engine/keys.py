@@ -70,7 +70,7 @@ def _follows(one: Tensor, other: Tensor, count: int) -> bool:
     """Whether `other` lies `count` whole tensors behind `one`."""
     same = one.untyped_storage()._cdata == other.untyped_storage()._cdata
     place = one.storage_offset() + count * one.numel()
-    return (
+    return bool(
         same
         and other.storage_offset() == place
         and (other.shape, other.stride(), other.dtype) == (one.shape, one.stride(), one.dtype)
