@@ -6,22 +6,27 @@ weights whose modulations do not depend on the picture, so that all transformati
 """
 
 import argparse
-import json
+import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench import measure
+from bench import machine, measure
 from bench.inputs import make_inputs
-from bench.latency import TOLERANCE, Row
+from bench.latency import TOLERANCE
+from bench.latency_times import failed, percentiles
+from bench.rows import Row, RowFile
 from bench.variants import Variant, reference, with_engine
 from mimdit.engine import Engine
 from mimdit.engine.step import Block, Joint
@@ -32,12 +37,14 @@ from mimkernels import joint_qkv, use_backend
 
 
 class _Tokens(Block):
-    """Keeps the tokens of the condition that was encoded last."""
+    """Keeps the tokens of the condition that was encoded last, where a graph found the first."""
 
-    tokens: Tensor
+    tokens: Tensor | None = None
 
     def keys_and_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        self.tokens = tokens
+        if self.tokens is None or self.tokens.shape != tokens.shape:
+            self.tokens = tokens.clone()
+        self.tokens.copy_(tokens)
         return super().keys_and_values(tokens)
 
 
@@ -45,6 +52,7 @@ class WithoutKeysOnce(_Tokens):
     """Keys and values of the conditioning tokens anew in every step."""
 
     def attend(self, image: Tensor, text: Tensor, joint: Joint) -> tuple[Tensor, Tensor | None]:
+        assert self.tokens is not None
         start = image.shape[1] + text.shape[1]
         for buffer, part in zip(joint[1:], super().keys_and_values(self.tokens), strict=True):
             buffer[:, :, start:] = part
@@ -56,6 +64,7 @@ class WithDeadQueries(_Tokens):
 
     def attend(self, image: Tensor, text: Tensor, joint: Joint) -> tuple[Tensor, Tensor | None]:
         attn = self.attn
+        assert self.tokens is not None
         q = attn.to_q(self.tokens).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
         q = q if attn.norm_q is None else attn.norm_q(q)
         out = F.scaled_dot_product_attention(q, *joint[1:])
@@ -133,6 +142,10 @@ def ablations(model: MiMDiTTransformer2DModel, like: Tensor) -> tuple[list[Varia
     if model.device.type == "cuda":
         found.append(_inside(_engine(model, "no fused kernels"), lambda: use_backend("torch")))
         found.append(with_engine("no CUDA graph", model, Engine(model, graph=False)))
+        for kind in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION"):
+            name = f"{kind.split('_')[0].lower()} attention alone"
+            chosen = partial(sdpa_kernel, getattr(SDPBackend, kind))
+            found.append(_inside(_engine(model, name), chosen))
     else:
         left = [f"{name}: left out, it needs a GPU" for name in ("fused kernels", "CUDA graph")]
     return [*found, reference(model, like)], left
@@ -140,9 +153,19 @@ def ablations(model: MiMDiTTransformer2DModel, like: Tensor) -> tuple[list[Varia
 
 @torch.no_grad()
 def run(
-    model: MiMDiTTransformer2DModel, label: str, size: int, steps: int, runs: int, warmup: int
+    model: MiMDiTTransformer2DModel,
+    label: str,
+    size: int,
+    steps: int,
+    runs: int,
+    warmup: int,
+    seconds: float = math.inf,
+    save: Callable[[Sequence[Row]], None] = lambda _: None,
 ) -> tuple[list[Row], list[str]]:
-    """Rows, without times where parity fails; and what does not apply."""
+    """Rows, without times where parity fails; and what does not apply.
+
+    seconds, save: as of `bench.latency.run`.
+    """
     given = make_inputs(assemble(model), size, 1)
     device, seen = given.x.device, given.seen.to(model.dtype)
     variants, left = ablations(model, given.z)
@@ -156,22 +179,38 @@ def run(
         "width": size,
         "batch": 1,
         "steps": steps,
-    } | measure.environment(device)
+    } | machine.environment(device)
+    until = time.perf_counter() + seconds
     rows: dict[str, Row] = {}
     for v in variants:
-        with v.sampling(given.t):
-            error = v.step(seen, given.t, v.encode(given.z)).float() - wanted
-        relative = (error.square().mean() / wanted.square().mean()).sqrt().item()
-        parity = relative <= TOLERANCE[model.dtype]
-        rows[v.name] = fixed | {"variant": v.name, "rel_err": relative, "parity": parity}
+        row = rows[v.name] = fixed | {"variant": v.name, "rel_err": None, "parity": None}
+        try:
+            with v.sampling(given.t):
+                error = v.step(seen, given.t, v.encode(given.z)).float() - wanted
+            relative = (error.square().mean() / wanted.square().mean()).sqrt().item()
+            row |= {"rel_err": relative, "parity": relative <= TOLERANCE[model.dtype]}
+        # Whatever stops a variant must not stop the others.
+        except Exception as fault:
+            failed(row, fault)
+        save(list(rows.values()))
     calls = {
         v.name: lambda v=v: v.picture(model, given.x, given.z, steps)
         for v in variants
         if rows[v.name]["parity"]
     }
-    for name, times in measure.interleaved(calls, device, warmup, runs).items():
-        for share in (50, 90, 99):
-            rows[name][f"picture_p{share}_s"] = measure.percentile(times, share / 100)
+
+    def keep(times: dict[str, list[float]]) -> None:
+        turn = max(map(len, times.values()), default=0)
+        state = machine.gpu_state(device) if turn % 10 == 1 else {}
+        for name, found in times.items():
+            rows[name] |= percentiles("picture", found, 1) | {"runs": len(found)} | state
+        save(list(rows.values()))
+
+    faults: dict[str, Exception] = {}
+    measure.interleaved(calls, device, warmup, runs, until=until, after=keep, faults=faults)
+    for name, fault in faults.items():
+        failed(rows[name], fault)
+    save(list(rows.values()))
     return list(rows.values()), left
 
 
@@ -182,7 +221,8 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         name = row["variant"]
         if not row["parity"]:
-            lines.append(f"| {name} | no speed: differs | | {row['rel_err']:.1e} |")
+            error = "" if row["rel_err"] is None else f"{row['rel_err']:.1e}"
+            lines.append(f"| {name} | no speed: {row.get('reason', 'differs')} | | {error} |")
             continue
         seconds = row["picture_p50_s"]
         ratio = f"{seconds / whole:.2f}" if whole else "–"
@@ -202,16 +242,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--precision", default="bf16" if gpu else "fp32", choices=list(PRECISIONS))
     default = Path("bench/results") / f"ablation-{date.today().isoformat()}.jsonl"
     p.add_argument("--out", type=Path, default=default, help=f"JSON lines (default {default})")
+    enough = "after which only three runs of each variant are taken (default: no limit)"
+    p.add_argument("--seconds", type=float, default=math.inf, help=enough)
     args = p.parse_args(argv)
     with torch.device(args.device):
         model = build(args.model, PRECISIONS[args.precision], pooled_condition=False)
     model = model.randomize_(0).requires_grad_(False).eval()
-    rows, left = run(model, args.model, args.size, args.steps, args.runs, args.warmup)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    sizes = (args.size, args.steps, args.runs, args.warmup)
+    rows, left = run(model, args.model, *sizes, args.seconds, RowFile(args.out).write)
     print("\n".join([*left, table(rows), f"rows in {args.out}"]))
-    return 0 if all(row["parity"] for row in rows) else 1
+    return 1 if any(row["parity"] is False for row in rows) else 0
 
 
 if __name__ == "__main__":

@@ -113,6 +113,11 @@ def restore(
     ]
     if not wanted:
         return known or {"pictures": "found, settings unknown"}, []
+    if known is None and len(wanted) < len(pairs) and not args.overwrite:
+        raise ValueError(
+            f"{out} has {len(pairs) - len(wanted)} of {len(pairs)} pictures, restored elsewhere: "
+            "expected all or none; use another --output, or --overwrite"
+        )
     pipe = load()
     steps = args.steps[0] if args.steps else pipe.config["default_steps"]
     settings = asked | {

@@ -12,7 +12,8 @@ from torch import Tensor
 from export.engines import Target, build_engine, gpu
 from export.graphs import Conditioner, Denoiser, Graph, traceable
 from export.libraries import ExportError, library
-from export.onnx_export import Limits, export_onnx
+from export.limits import Limits
+from export.onnx_export import export_onnx
 from export.sessions import EngineSession, Session
 from mimdit.condition import Condition
 from mimdit.errors import first_line
@@ -130,7 +131,7 @@ def _calls(
         graphs = [Encoder(model).eval(), Network(model).eval()]
         with tempfile.TemporaryDirectory() as folder:
             for graph in graphs:
-                with torch.device(model.device), traceable(pipe, batch * side**2):
+                with torch.device(model.device), traceable(pipe, batch * side**2, batch):
                     export_onnx(graph, Path(folder), limits)
             encoder, network = (load(Path(folder) / f"{g.name}.onnx", g, limits) for g in graphs)
     # Exporters and runtimes fail in many ways.

@@ -4,16 +4,19 @@ For each op and size first the check: results and gradients of every variant aga
 in float64; a variant that differs gets no speed, and the command fails. Then microseconds a call,
 forward and forward+backward, from replayed CUDA graphs of many calls, all variants in turn: shares
 of the bandwidth and of the matrix peak measured here, and the kernel's speed relative to each
-variant. On a CPU it only checks, at small sizes. One JSON line a row, and a plot.
+variant. On a CPU it only checks, at small sizes. One JSON line a row, and a plot; --resume leaves
+out what --out has already.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from bench.kernel_tables import table
+from bench.rows import Row, RowFile, said
 
 # Torch and what needs it are imported where they are used: --help is quick.
 if TYPE_CHECKING:
@@ -25,7 +28,8 @@ if TYPE_CHECKING:
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 EMPTY = "empty kernel"
-Row = dict[str, Any]
+# What tells a case from others.
+_NAMES = ("op", "dtype", "tokens", "channels", "experts", "slots", "layers", "pictures")
 
 
 def forward(
@@ -58,14 +62,32 @@ PASSES: "dict[str, Callable[..., list[Tensor]]]" = {
 def oracle(case: "Case") -> "tuple[list[Tensor], dict[str, list[Tensor]]]":
     """Gradients of the outputs to go back from, and each pass's results, in float64.
 
-    The gradient is the output itself, as of ½‖y‖²: no sum over it cancels out.
+    The gradient is the output itself, as of ½‖y‖²: no sum over it cancels out. Where a GPU has no
+    memory for it, which is several times that of the case, the CPU computes it.
     """
-    exact = [x.double() if x.is_floating_point() else x for x in case.tensors]
+    import torch
+
+    device = case.tensors[0].device
+    try:
+        return _oracle(case, device)
+    except torch.OutOfMemoryError:
+        if device.type == "cpu":
+            raise
+    torch.cuda.empty_cache()
+    return _oracle(case, torch.device("cpu"))
+
+
+def _oracle(case: "Case", device: "torch.device") -> "tuple[list[Tensor], dict[str, list[Tensor]]]":
+    """`oracle`, computed on this device."""
+    own = case.tensors[0].device
+    placed = [x.to(device) for x in case.tensors]
+    exact = [x.double() if x.is_floating_point() else x for x in placed]
     wanted = forward(case.reference, exact, [])
     pairs = zip(wanted, forward(case.reference, case.tensors, []), strict=True)
-    grads = [y.to(own.dtype) for y, own in pairs if y.is_floating_point()]
-    back = gradients(case.reference, exact, [y.double() for y in grads])
-    return grads, {"forward": wanted, "forward+backward": back}
+    grads = [y.to(own, plain.dtype) for y, plain in pairs if y.is_floating_point()]
+    back = gradients(case.reference, exact, [y.to(device).double() for y in grads])
+    found = {"forward": wanted, "forward+backward": back}
+    return grads, {name: [x.to(own) for x in some] for name, some in found.items()}
 
 
 def difference(found: "Sequence[Tensor]", wanted: "Sequence[Tensor]") -> float:
@@ -108,7 +130,7 @@ def measure_case(
                 error = difference(call(variant, case.tensors, grads), wanted[pass_])
             # Whatever stops a comparator must not stop the others.
             except Exception as fault:
-                row |= {"reason": _said(fault), "parity": False if name == "triton" else None}
+                row |= {"reason": said(fault), "parity": False if name == "triton" else None}
                 continue
             row["parity"] = error <= tolerance
             row["error"] = error if error < float("inf") else None
@@ -163,7 +185,7 @@ def _time(
         try:
             replays[name] = measure.captured(run, copies, device)
         except Exception as fault:
-            rows[name]["reason"] = _said(fault)
+            rows[name]["reason"] = said(fault)
             if name == "triton":
                 rows[name]["parity"] = False
     for name, times in measure.replayed(replays, device, runs).items():
@@ -196,39 +218,6 @@ def _listed(out: Any) -> list[Any]:
     return list(out) if isinstance(out, (tuple, list)) else [out]
 
 
-def _said(fault: Exception) -> str:
-    lines = str(fault).strip().splitlines() or [""]
-    return f"{type(fault).__name__}: {lines[0][:200]}"
-
-
-def size_of(row: Row) -> str:
-    """T×C, or how many pictures of all layers together before it."""
-    count = row["layers"] * row["pictures"]
-    return (f"{count}×" if count > 1 else "") + f"{row['tokens']}×{row['channels']}"
-
-
-def table(rows: Sequence[Row]) -> str:
-    """Markdown: medians and what they are shares of, or why there is no speed."""
-    lines = [
-        "| op | size | pass | variant | error | µs (p10–p90) | of matrix peak | of bandwidth | "
-        "kernel is × faster |",
-        "|---" * 9 + "|",
-    ]
-    for row in rows:
-        error = "" if row["error"] is None else f"{row['error']:.1e}"
-        head = f"| {row['op']} | {size_of(row)} | {row['pass']} | "
-        head += f"{row['variant']} | {error} |"
-        if "p50_us" not in row:
-            lines.append(f"{head} {row['reason'] or 'agrees'} | | | |")
-            continue
-        cells = f" {row['p50_us']:.1f} ({row['p10_us']:.1f}–{row['p90_us']:.1f}) |"
-        shares = [row.get(key) for key in ("matrix_share", "bandwidth_share")]
-        cells += "".join(" |" if share is None else f" {share:.0%} |" for share in shares)
-        ratio = row.get("kernel_speedup")
-        lines.append(f"{head}{cells} {'' if ratio is None else f'{ratio:.2f}'} |")
-    return "\n".join(lines)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__)
     p.add_argument("--ops", nargs="+", metavar="OP", help="as expert_linear (default all)")
@@ -239,13 +228,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--out", type=Path, help=where)
     p.add_argument("--quick", action="store_true", help="the smallest size, at most 10 replays")
     p.add_argument("--device", choices=["cuda", "cpu"], help="(default cuda if there is one)")
+    p.add_argument("--resume", action="store_true", help="leave out what --out has already")
     args = p.parse_args(argv)
     if args.runs < 1:
         p.error(f"--runs: expected at least 1, got {args.runs}")
+    if args.resume and not args.out:
+        p.error("--resume: expected --out, a file to go on with")
 
     import torch
 
-    from bench import kernel_cases, measure, plots
+    from bench import kernel_cases, machine, measure, plots
     from mimkernels.backend import interpreting
 
     unknown = [op for op in args.ops or [] if op not in kernel_cases.CASES]
@@ -260,35 +252,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
     dtype = getattr(torch, DTYPES[args.dtype or ("bf16" if gpu else "fp32")])
     out = args.out or (default if gpu else None)
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
+    file = RowFile(out) if out else None
+    before = file.before if file and args.resume else []
+    done = {tuple(row[name] for name in _NAMES) for row in before}
     runs = min(args.runs, 10) if args.quick else args.runs
     peak, bandwidth = (
         (measure.matrix_peak(device, dtype), measure.memory_bandwidth(device)) if gpu else (0, 0)
     )
     fixed = {"bench": "kernels", "dtype": str(dtype).removeprefix("torch."), "seed": 0}
-    fixed |= measure.environment(device)
+    fixed |= machine.environment(device)
     if gpu:
         fixed |= {"matrix_peak_tflops": peak / 1e12, "bandwidth_gb_s": bandwidth / 1e9}
     rows: list[Row] = []
     for op in args.ops or kernel_cases.CASES:
         sizes = kernel_cases.SIZES[op] if gpu else kernel_cases.SMALL
         for size in sizes[:1] if args.quick else sizes:
+            named = fixed | {"op": op} | vars(size)
+            if tuple(named[name] for name in _NAMES) in done:
+                continue
             # Each size is compiled anew; the compiler keeps only a few for one function.
             torch.compiler.reset()
-            named = fixed | {"op": op} | vars(size)
+            found: list[Row] = []
             try:
                 case = kernel_cases.make(op, size, dtype, device)
-                found = list(measure_case(case, device, runs, peak, bandwidth))
-            # A GPU with little memory has the other sizes.
-            except torch.OutOfMemoryError as fault:
-                row = {"pass": "forward", "variant": "triton", "error": None, "parity": None}
-                found = [row | {"reason": _said(fault)}]
-            found = [named | row for row in found]
-            rows += found
-            if out:
-                with out.open("a") as file:
-                    file.writelines(json.dumps(row) + "\n" for row in found)
+                for row in measure_case(case, device, runs, peak, bandwidth):
+                    found.append(row)
+            # Whatever stops a size must not stop the others; a GPU may have no memory for it.
+            except Exception as fault:
+                short = isinstance(fault, torch.OutOfMemoryError)
+                row = {"pass": "forward", "variant": "triton", "error": None}
+                found.append(row | {"parity": None if short else False, "reason": said(fault)})
+            case = None
+            if gpu:
+                torch.cuda.empty_cache()
+            state = machine.gpu_state(device)
+            rows += [named | row | state for row in found]
+            if file:
+                file.write(rows)
+    rows = before + rows
     print(table(rows))
     if out and any("p50_us" in row for row in rows):
         plots.kernel_bars(rows, out.with_suffix(".png"))

@@ -5,35 +5,34 @@ shipped tiny. All variants run side by side and interleaved, on the same damaged
 a variant whose result differs from the reference gets no speed, and an approximate one is labelled
 so and has the PSNR of its picture to the exact engine's beside its speed. A picture is timed from
 latents to latents, conditioning included; encoding and decoding it are stages of their own. One
-JSON line a row, and a plot.
+JSON line a row, which is there as soon as it is measured, and a plot.
 """
 
 import argparse
-import json
+import math
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench import measure
+from bench import machine, measure
 from bench.inputs import Inputs, load, make_inputs
+from bench.latency_tables import stages, table, thresholds
+from bench.latency_times import failed, time_variants
 from bench.plots import latency_plot
-from bench.variants import MAKERS, Sampled, Variant, variants_of
-from mimdit import codec
+from bench.rows import Row, RowFile
+from bench.variants import CACHED, MAKERS, Variant, variants_of
 from mimdit.loading import PRECISIONS
 from mimdit.pipeline import MiMDiTPipeline
 
 # Relative error of a step's raw output (root mean square) that a variant may have.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
-# PSNR in dB of an exact variant's picture to the reference's, in float32, after all steps.
-PICTURE = 60.0
 # Compiling for a CPU takes minutes; only where it is asked for.
 COMPILED = ("engine-compile", "backbone-compiled")
-Row = dict[str, Any]
 
 
 def default_variants(device: str) -> tuple[list[str], dict[str, str]]:
@@ -54,9 +53,16 @@ def run(
     warmup: int,
     names: Sequence[str] = tuple(MAKERS),
     batch: int = 1,
+    seconds: float = math.inf,
+    save: Callable[[Sequence[Row]], None] = lambda _: None,
+    clock: measure.Clock = time.perf_counter,
 ) -> tuple[list[Row], dict[str, str]]:
     """Rows of variants for one size in pixels, without times where parity fails; and which were
-    left out, and why."""
+    left out, and why.
+
+    seconds: after which no further run of each variant begins, but for the first few. save: called
+    with all rows whenever they became more or know more. clock: what the variants are timed by.
+    """
     model = pipe.transformer
     device, dtype = next(model.parameters()).device, model.dtype
     given = make_inputs(pipe, size, batch)
@@ -72,11 +78,14 @@ def run(
         "batch": batch,
         "steps": steps,
         "seed": 0,
-    } | measure.environment(device)
+        "clock": clock.__name__,
+    } | machine.environment(device)
     fixed["matrix_peak_tflops"] = measure.matrix_peak(device, dtype) / 1e12
     fixed["bandwidth_gbs"] = measure.memory_bandwidth(device) / 1e9
     fixed["step_gb"] = given.step_bytes / 1e9
-    variants, rows, missing = [], [], {}
+    until = time.perf_counter() + seconds
+    passed, rows, missing = [], [], {}
+    own = measure.held_memory_mb(device)
     for name in names:
         made: list[Variant] = []
 
@@ -87,20 +96,35 @@ def run(
             for variant in found:
                 variant.picture(model, given.x, given.z, 1)
 
-        cold = measure.seconds(first, device)
-        for variant in made:
-            variants.append(variant)
-            row = fixed | {"variant": name, "approximate": variant.approximate, "cold_s": cold}
-            rows.append(row | _checked(pipe, variant, given, seen, wanted))
-    passed = [(v, row) for v, row in zip(variants, rows, strict=True) if row["parity"]]
-    _time(pipe, given, passed, steps, runs, warmup)
+        # Of the variants before, which stay.
+        others = [b - a for a, b in zip(own, measure.held_memory_mb(device), strict=True)]
+        row = fixed | {"variant": name, "approximate": False, "rel_err": None, "parity": None}
+        try:
+            cold = measure.seconds(first, device)
+            if not made:
+                continue
+            row |= {"approximate": made[0].approximate, "cold_s": cold}
+            row |= _checked(pipe, made[0], given, seen, wanted, others)
+        # Whatever stops a variant must not stop the others.
+        except Exception as fault:
+            failed(row, fault)
+        rows.append(row)
+        if row["parity"]:
+            passed.append((made[0], row))
+        save(rows)
+    time_variants(pipe, given, passed, steps, (warmup, runs, until, clock), lambda: save(rows))
     return rows, missing
 
 
 def _checked(
-    pipe: MiMDiTPipeline, variant: Variant, given: Inputs, seen: Tensor, wanted: Tensor
+    pipe: MiMDiTPipeline,
+    variant: Variant,
+    given: Inputs,
+    seen: Tensor,
+    wanted: Tensor,
+    others: Sequence[float],
 ) -> Row:
-    """Errors, memory and FLOPs of one step."""
+    """Errors, memory and FLOPs of one step; others: MB that belong to other variants."""
     model, z, t = pipe.transformer, given.z, given.t
     condition = variant.encode(z)
     found = variant.step(seen, t, condition).float()
@@ -117,139 +141,17 @@ def _checked(
 
     memory = measure.peak_memory_mb(once, given.x.device)
     flops = measure.floating_point_operations(
-        lambda: counted(seen, t, plain if variant.cached else variant.encode(z))
+        lambda: counted(seen, t, plain if variant.cached else variant.encode(z)), given.x.device
     )
     return {
         "rel_err": relative if variant.equal else None,
         "max_err": largest if variant.equal else None,
         "parity": within if exact else bool(found.isfinite().all()),
-        "peak_allocated_mb": memory[0],
-        "peak_reserved_mb": memory[1],
+        "peak_allocated_mb": memory[0] - others[0],
+        "peak_reserved_mb": memory[1] - others[1],
         "step_tflop": flops / 1e12,
+        "threshold": variant.threshold,
     }
-
-
-def _time(
-    pipe: MiMDiTPipeline,
-    given: Inputs,
-    passed: Sequence[tuple[Variant, Row]],
-    steps: int,
-    runs: int,
-    warmup: int,
-) -> None:
-    """Add times, rates and the pictures' PSNR to the rows of variants whose results are right."""
-    model, device, x, z, t = pipe.transformer, given.x.device, given.x, given.z, given.t
-    seen = given.seen.to(model.dtype)
-    conditions = {v.name: v.encode(z) for v, _ in passed}
-    pictures: dict[str, Sampled] = {}
-
-    def step(v: Variant) -> None:
-        v.step(seen, t, conditions[v.name] if v.cached else v.encode(z))
-
-    def picture(v: Variant) -> None:
-        pictures[v.name] = v.picture(model, x, z, steps)
-
-    shared = {
-        "vae_encode": {"": lambda: codec.encode(pipe.vae, given.pixels)},
-        "vae_decode": {"": lambda: codec.decode(pipe.vae, x)},
-    }
-    own = {
-        "condition": {v.name: lambda v=v: v.encode(z) for v, _ in passed},
-        # On the same inputs a cache would take its shortcut every time.
-        "step": {v.name: lambda v=v: step(v) for v, _ in passed if v.skipped is None},
-        "picture": {v.name: lambda v=v: picture(v) for v, _ in passed},
-    }
-    rows = {v.name: row for v, row in passed}
-    for part, calls in (shared | own).items():
-        for name, times in measure.interleaved(calls, device, warmup, runs).items():
-            for row in [rows[name]] if name else rows.values():
-                row |= _percentiles(part, times, 1 if part == "picture" else 1e3)
-    if not passed:
-        return
-    exact = next((pictures[n] for n in ("engine", "engine-no-graph") if n in pictures), None)
-    if exact is None:
-        exact = variants_of(model, z, ["engine"])[0][0].picture(model, x, z, steps)
-    reference = pictures.get("reference", exact)
-    for v, row in passed:
-        if v.skipped is not None:
-            # The mean over a picture.
-            for share in (50, 90, 99):
-                rest = row[f"picture_p{share}_s"] * 1e3 - row["condition_p50_ms"]
-                row[f"step_p{share}_ms"] = rest / steps
-        skipped, blocks = pictures[v.name].skipped, len(model.transformer_blocks)
-        row["steps_skipped"] = skipped
-        row["step_tflop"] *= 1 - skipped / steps * (blocks - 1) / blocks
-        if v.equal:
-            against = exact if v.approximate else reference
-            row["psnr_to"] = "engine" if v.approximate else "reference"
-            row["psnr_db"] = given.psnr(pipe, pictures[v.name].latents, against.latents)
-        warm = (row["condition_p50_ms"] + row["step_p50_ms"]) / 1e3
-        row["capture_s"] = max(row["cold_s"] - warm, 0.0)
-        row["tflops"] = row["step_tflop"] / (row["step_p50_ms"] / 1e3)
-        row["peak_share"] = row["tflops"] / row["matrix_peak_tflops"]
-        quality = row.get("psnr_db")
-        drifted = not v.approximate and quality is not None and quality < PICTURE
-        if drifted and model.dtype == torch.float32:
-            row["parity"] = False
-            for key in [
-                k for k in row if k.startswith(("step_p", "picture_p", "tflops", "peak_s"))
-            ]:
-                del row[key]
-
-
-def _percentiles(part: str, times: list[float], scale: float) -> Row:
-    unit = "s" if part == "picture" else "ms"
-    shares = (50, 90, 99)
-    return {f"{part}_p{s}_{unit}": measure.percentile(times, s / 100) * scale for s in shares}
-
-
-def table(rows: Sequence[Row]) -> str:
-    """Markdown: medians, and ratios to the reference of the same model and size."""
-    lines = [
-        "| model | size | variant | step | picture | × reference | of matrix peak | rel. error | "
-        "PSNR |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        name = row["variant"] + (" (approximate)" if row["approximate"] else "")
-        head = f"| {row['model']} | {row['height']}² × {row['steps']} steps | {name} |"
-        error = "–" if row["rel_err"] is None else f"{row['rel_err']:.1e}"
-        quality = "–"
-        if row.get("psnr_db") is not None:
-            quality = f"{row['psnr_db']:.1f} dB to the {row['psnr_to']}"
-        if not row["parity"]:
-            lines.append(
-                f"{head} no speed: differs from the reference | | | | {error} | {quality} |"
-            )
-            continue
-        same = [
-            r["picture_p50_s"]
-            for r in rows
-            if (r["model"], r["height"], r["variant"]) == (row["model"], row["height"], "reference")
-            and "picture_p50_s" in r
-        ]
-        ratio = f"{same[0] / row['picture_p50_s']:.2f}" if same else "–"
-        lines.append(
-            f"{head} {row['step_p50_ms']:.1f} ms | {row['picture_p50_s']:.3f} s | {ratio} | "
-            f"{row['peak_share']:.0%} | {error} | {quality} |"
-        )
-    return "\n".join(lines)
-
-
-def stages(rows: Sequence[Row]) -> str:
-    """One line for each variant: where the time of a picture goes, and how it starts."""
-    lines = []
-    for row in rows:
-        if not row["parity"]:
-            continue
-        lines.append(
-            f"{row['variant']} at {row['height']}²: VAE encode {row['vae_encode_p50_ms']:.1f} ms, "
-            f"conditioning {row['condition_p50_ms']:.1f} ms, step {row['step_p50_ms']:.1f} ms, "
-            f"VAE decode {row['vae_decode_p50_ms']:.1f} ms; cold {row['cold_s']:.2f} s, of which "
-            f"capture and compilation {row['capture_s']:.2f} s; peak "
-            f"{row['peak_allocated_mb']:.0f} MB allocated, {row['peak_reserved_mb']:.0f} reserved"
-        )
-    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -265,29 +167,52 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--precision", default="bf16" if gpu else "fp32", choices=list(PRECISIONS))
     names = ", ".join(MAKERS)
     p.add_argument("--variants", nargs="+", choices=list(MAKERS), metavar="NAME", help=names)
+    wanted = "of the first-block cache: each beside the engine, in a table of their own"
+    p.add_argument("--thresholds", type=float, nargs="+", default=[], metavar="X", help=wanted)
+    enough = "of a size, after which only three runs of each variant are taken (default: no limit)"
+    p.add_argument("--seconds", type=float, default=math.inf, help=enough)
+    cpu = "count CPU time instead, on a CPU with one thread: other work there matters less"
+    p.add_argument("--cpu-time", action="store_true", help=cpu)
     default = Path("bench/results") / f"latency-{date.today().isoformat()}.jsonl"
     p.add_argument("--out", type=Path, default=default, help=f"JSON lines (default {default})")
     args = p.parse_args(argv)
     names, missing = default_variants(args.device)
-    if args.variants:
-        names, missing = args.variants, {}
+    if args.variants or args.thresholds:
+        names, missing = args.variants or ["engine"], {}
+    if wrong := [value for value in args.thresholds if not value >= 0]:
+        p.error(f"--thresholds: expected numbers of at least 0, got {wrong}")
+    if args.cpu_time and (args.device != "cpu" or torch.get_num_threads() > 1):
+        found = f"{args.device} and {torch.get_num_threads()}"
+        p.error(
+            f"--cpu-time: expected --device cpu and one thread (OMP_NUM_THREADS=1), got {found}"
+        )
+    names = [*names, *(f"{CACHED}={value:g}" for value in args.thresholds)]
     pipe = load(args.model, args.device, args.precision)
     rows: list[Row] = []
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     for size in args.sizes:
         found, reasons = run(
-            pipe, args.model, size, args.steps, args.runs, args.warmup, names, args.batch
+            pipe,
+            args.model,
+            size,
+            args.steps,
+            args.runs,
+            args.warmup,
+            names,
+            args.batch,
+            args.seconds,
+            RowFile(args.out).write,
+            time.process_time if args.cpu_time else time.perf_counter,
         )
         missing |= reasons
         rows += found
-        with args.out.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in found)
     for name, reason in missing.items():
         print(f"{name}: left out, {reason}")
     print(stages(rows), table(rows), sep="\n\n")
+    if args.thresholds:
+        print(thresholds(rows), end="\n\n")
     latency_plot(rows, args.out.with_suffix(".png"))
     print(f"rows in {args.out}, plot in {args.out.with_suffix('.png')}")
-    return 0 if all(row["parity"] for row in rows) else 1
+    return 1 if any(row["parity"] is False for row in rows) else 0
 
 
 if __name__ == "__main__":

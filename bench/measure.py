@@ -1,18 +1,22 @@
-"""Timing, memory and the machine: the one place where benchmarks measure."""
+"""Timing, memory and FLOPs: the one place where benchmarks measure."""
 
+import contextlib
 import ctypes
-import platform
+import gc
+import math
 import resource
-import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+Clock = Callable[[], float]
+# Timed turns that are taken even where time is up.
+LEAST = 3
 
 
 def synchronize(device: torch.device) -> None:
@@ -23,26 +27,51 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Wall-clock time of one call."""
+def seconds(
+    run: Callable[[], Any], device: torch.device, clock: Clock = time.perf_counter
+) -> float:
+    """Time of one call, on the wall's clock or another."""
     synchronize(device)
-    began = time.perf_counter()
+    began = clock()
     run()
     synchronize(device)
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def interleaved(
-    variants: Mapping[str, Callable[[], Any]], device: torch.device, warmup: int, runs: int
+    variants: Mapping[str, Callable[[], Any]],
+    device: torch.device,
+    warmup: int,
+    runs: int,
+    *,
+    until: float = math.inf,
+    after: Callable[[dict[str, list[float]]], None] = lambda _: None,
+    faults: dict[str, Exception] | None = None,
+    clock: Clock = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each run of each variant; one of each in turn, so that drift meets all alike."""
-    for _ in range(warmup):
-        for run in variants.values():
-            seconds(run, device)
+    """Seconds of each run of each variant; one of each in turn, so that drift meets all alike.
+
+    until: the time (`time.perf_counter`) from which no further turn begins, but for the first
+    `LEAST`. after: called with the times so far behind each turn. faults: takes the error of a
+    variant that fails, which has no times then; without it the error is raised.
+    """
     times: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(runs):
-        for name, run in variants.items():
-            times[name].append(seconds(run, device))
+    for turn in range(-warmup, runs):
+        if turn >= LEAST and time.perf_counter() >= until:
+            break
+        for name in list(times):
+            try:
+                took = seconds(variants[name], device, clock)
+            except Exception as fault:
+                if faults is None:
+                    raise
+                faults[name] = fault
+                del times[name]
+                continue
+            if turn >= 0:
+                times[name].append(took)
+        if turn >= 0:
+            after(times)
     return times
 
 
@@ -129,11 +158,26 @@ def percentile(times: list[float], share: float) -> float:
     return torch.quantile(torch.tensor(times, dtype=torch.float64), share).item()
 
 
-def peak_memory_mb(run: Callable[[], Any], device: torch.device) -> tuple[float, float]:
-    """Peak allocated and reserved memory of a call, in MB of 10⁶ bytes.
+def held_memory_mb(device: torch.device) -> tuple[float, float]:
+    """Allocated and reserved memory now, in MB of 10⁶ bytes, after giving back what is free.
 
-    On a CPU both are the process's resident memory, as the system keeps no other count; where that
-    cannot be reset (elsewhere than on Linux), its peak since the start.
+    On a CPU both are the process's resident memory, as the system keeps no other count.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        synchronize(device)
+        torch.cuda.empty_cache()
+        counts = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+        return counts[0] / 1e6, counts[1] / 1e6
+    _give_back()
+    now = _resident("VmRSS") / 1e6
+    return now, now
+
+
+def peak_memory_mb(run: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+    """Peak allocated and reserved memory of a call, counted as `held_memory_mb` does.
+
+    On a CPU where the count cannot be reset (elsewhere than on Linux), the peak since the start.
     """
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -142,28 +186,27 @@ def peak_memory_mb(run: Callable[[], Any], device: torch.device) -> tuple[float,
         synchronize(device)
         counts = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
         return counts[0] / 1e6, counts[1] / 1e6
-    _reset_resident_peak()
+    _give_back()
+    # "5" resets the peak (proc(5), /proc/pid/clear_refs).
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
     run()
-    peak = _resident_peak() / 1e6
+    peak = _resident("VmHWM") / 1e6
     return peak, peak
 
 
-def _reset_resident_peak() -> None:
-    """Let the count start from what is resident now, after giving freed memory back."""
-    try:
+def _give_back() -> None:
+    """Freed memory to the system, where the C library is glibc."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
-        # "5" resets the peak (proc(5), /proc/pid/clear_refs).
-        Path("/proc/self/clear_refs").write_text("5")
-    # Other systems and C libraries than Linux with glibc.
-    except (OSError, AttributeError, TypeError):
-        return
 
 
-def _resident_peak() -> int:
+def _resident(count: str) -> int:
+    """Bytes of this process by one of Linux's counts, elsewhere the peak."""
     status = Path("/proc/self/status")
     if status.is_file():
         for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(f"{count}:"):
                 return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
@@ -179,55 +222,25 @@ def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
 def memory_bandwidth(device: torch.device) -> float:
     """Bytes/s, read and written, that a large copy reaches here: the best of several runs."""
     size = 2**31 if device.type == "cuda" else 2**27
-    source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
+    # Zeros can be cheaper to move than data.
+    source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
     times = interleaved({"copy": lambda: target.copy_(source)}, device, warmup=3, runs=10)["copy"]
     return 2 * size / min(times)
 
 
-def floating_point_operations(run: Callable[[], Any]) -> int:
-    """FLOPs of matrix products, convolutions and attention in a call."""
+def floating_point_operations(run: Callable[[], Any], device: torch.device | None = None) -> int:
+    """FLOPs of matrix products, convolutions and attention in a call; device: by default a CPU."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    # Not every fused attention is counted; the plain one is two matrix products.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    from mimkernels import use_backend
+
+    # The plain attention is two products, but holds all scores; a CPU's fused one is not counted.
+    backends = [SDPBackend.MATH]
+    if device is not None and device.type == "cuda":
+        backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    # Nor are this package's kernels; their references are products.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(backends), use_backend("torch"):
         run()
     return counter.get_total_flops()
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Where a figure was measured."""
-    found: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "diffusers": _version("diffusers"),
-        "revision": _command("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"),
-    }
-    if device.type == "cuda":
-        query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        found["driver"] = _command(*query)
-    return found
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def _command(*words: str) -> str | None:
-    try:
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -16,7 +16,7 @@ def latency_plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shown = [row for row in rows if row["parity"]]
+    shown = [row for row in rows if row["parity"] and "picture_p50_s" in row]
     figure, (axes, roof) = pyplot.subplots(
         1, 2, figsize=(8 + 1.2 * len(shown), 5), layout="constrained",
         width_ratios=(max(len(shown), 1), 5),

@@ -2,19 +2,30 @@
 
 Counts the matrix products, attentions and element-wise passes that the engine launches in a step,
 and gives each its time on a device of `mimkernels.devices` under the assumptions below. A
-prediction to be held against a measurement (bench/NOTES.md), not a measurement.
+prediction to be held against a measurement (bench/NOTES.md), not a measurement. With --kernels also
+what the conditioning's own kernels are compiled to for each device: tile, registers, shared memory.
 """
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from mimdit.presets import PRESETS, build
 from mimdit.transformer import MiMDiTTransformer2DModel
+from mimkernels import (
+    channel_attention,
+    expert_combine,
+    expert_linear,
+    explain,
+    window_attention,
+)
 from mimkernels.devices import DEVICES, Device
+from mimkernels.tiles import SHARED_MEMORY
 
 # Shares of the published peak: 0.8 is what a large bf16 product reaches on one H200 (790 of
 # 989 TFLOP/s); attention with heads of 64 and streaming passes are assumed.
@@ -143,6 +154,55 @@ def table(model: MiMDiTTransformer2DModel, name: str, sizes: Sequence[int], step
     return "\n".join(lines)
 
 
+def conditioning_calls(
+    layers: int, tokens: int, width: int
+) -> Iterator[tuple[Any, list[Any], Any]]:
+    """(op, arguments, options) of the mixtures' kernels, all layers at once, without data.
+
+    One picture of a square of `tokens`; two of four experts of every group, as in the presets.
+    """
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, device="meta", dtype=torch.bfloat16)
+
+    side, bank = math.isqrt(tokens), 4 * layers
+    index = torch.empty(layers, 2, device="meta", dtype=torch.int64)
+    qkv = empty(layers, 2, tokens, 3 * width)
+    x = [empty(layers, 2, tokens, width) for _ in range(3)]
+    projections = [empty(bank, width, width) for _ in x]
+    gates, picks = [empty(layers, 2) for _ in x], [index for _ in x]
+    yield expert_linear, [empty(layers, tokens, width), empty(bank, 3 * width, width), index], {}
+    yield expert_combine, [x, projections, picks, gates], {"residual": empty(layers, tokens, width)}
+    windows = [qkv.view(layers, 2, side, side, -1), empty(bank, 225, width // 32)]
+    yield window_attention, windows, {"window": 8, "heads": width // 32, "shift": 4, "index": index}
+    channels = [*qkv.chunk(3, dim=-1), empty(bank, width // 64)]
+    yield channel_attention, channels, {"heads": width // 64, "index": index}
+
+
+def kernel_table(model: MiMDiTTransformer2DModel, size: int) -> str:
+    """Markdown: a row for each kernel and device, compiled here. Raises as `explain` does."""
+    lines = [
+        "| device | kernel | tile | warps, stages | registers | shared memory | blocks "
+        "(limited by) | waves | the op's floor |",
+        "|" + "---|" * 9,
+    ]
+    shape = (len(model.transformer_blocks), (size // 16) ** 2, model.config["mim_dim"])
+    for device in DEVICES.values():
+        room = SHARED_MEMORY[device.architecture]
+        for op, arguments, options in conditioning_calls(*shape):
+            found = explain(op, *arguments, device=device.name, **options)
+            for kernel in found.kernels:
+                tile = " ".join(f"{name.lower()} {n}" for name, n in kernel.tile.items())
+                shared = f"{kernel.shared / 1024:.0f} of {room / 1024:.0f} KiB {kernel.fault}"
+                registers = "–" if kernel.registers is None else str(kernel.registers)
+                lines.append(
+                    f"| {device.name} | {found.op}: {kernel.name} | {tile} | {kernel.warps}, "
+                    f"{kernel.stages} | {registers} | {shared.strip()} | {kernel.blocks} "
+                    f"({kernel.limit}) | {kernel.waves:.1f} | {found.floor * 1e6:.0f} µs |"
+                )
+    return "\n".join(lines)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     sd35 = [name for name in PRESETS if name.startswith("sd35")]
     p = argparse.ArgumentParser(
@@ -151,12 +211,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--model", default="sd35-medium", choices=sd35)
     p.add_argument("--sizes", type=int, nargs="+", default=[512, 1024], help="multiples of 16")
     p.add_argument("--steps", type=int, default=40)
+    compiled = "compile the conditioning's kernels, too (a minute or two)"
+    p.add_argument("--kernels", action="store_true", help=compiled)
     args = p.parse_args(argv)
     if wrong := [size for size in args.sizes if size < 16 or size % 16]:
         p.error(f"--sizes: expected multiples of 16, got {wrong}")
     with torch.device("meta"):
         model = build(args.model, torch.bfloat16)
     print(table(model, args.model, args.sizes, args.steps))
+    if args.kernels:
+        print("", kernel_table(model, args.sizes[0]), sep="\n")
     return 0
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 from bench import classical, evaluate, routing
 from bench.evaluate import shifts_of
 from mimdit.engine import accelerate
+from mimdit.errors import first_line
 from mimdit.loading import load_pipeline
 from mimdit.metrics import OFFLINE, scorer
 from mimdit.pipeline import MiMDiTPipeline
@@ -173,14 +174,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = p.parse_args(argv)
 
     def load() -> MiMDiTPipeline:
-        pipe = accelerate(load_pipeline(args.model, args.device, args.precision))
+        try:
+            pipe = load_pipeline(args.model, args.device, args.precision)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"--model {args.model}: {first_line(error)}") from error
+        pipe = accelerate(pipe)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
     if args.dataset is None:
-        if args.data is not None:
-            p.error("--data needs --dataset, such as --dataset folder")
-        return _held_out(args, load())
+        _check_held_out(args, p)
+    else:
+        _check_dataset(args, p)
+    try:
+        return _held_out(args, load()) if args.dataset is None else evaluate.run(args, load)
+    except (ValueError, OSError) as error:
+        print(f"mimdit-eval: {first_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        more = "; the same command goes on" if args.dataset else ""
+        print(f"mimdit-eval: stopped{more}", file=sys.stderr)
+        return 130
+
+
+def _check_held_out(args: argparse.Namespace, p: argparse.ArgumentParser) -> None:
+    """End the command where flags of data sets are given without one."""
+    if args.data is not None:
+        p.error("--data needs --dataset, such as --dataset folder")
+    for name in ("originals", "split", "limit", "output", "overwrite", "score_damaged"):
+        if getattr(args, name) != p.get_default(name):
+            p.error(f"--{name.replace('_', '-')} goes with --dataset only")
+
+
+def _check_dataset(args: argparse.Namespace, p: argparse.ArgumentParser) -> None:
+    """End the command where flags do not fit a data set."""
     if args.data is None:
         p.error(f"--dataset {args.dataset} needs --data, its folder")
     for name in ("size", "seeds", "damages", "out", "picture"):
@@ -190,14 +217,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         p.error("--originals goes with --dataset folder only")
     if args.steps is not None and len(args.steps) > 1:
         p.error(f"--steps: expected one number with --dataset, got {args.steps}")
-    try:
-        return evaluate.run(args, load)
-    except (ValueError, OSError) as error:
-        print(f"mimdit-eval: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("mimdit-eval: stopped; the same command goes on", file=sys.stderr)
-        return 130
+    if args.limit is not None and args.limit < 1:
+        p.error(f"--limit: expected at least 1, got {args.limit}")
 
 
 def _held_out(args: argparse.Namespace, pipe: MiMDiTPipeline) -> int:

@@ -7,6 +7,7 @@ that have not finished.
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -15,52 +16,30 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-# Seconds that a stage may take.
+from bench.stages import STAGES, Stage
+
+# Seconds that a stage may take, and the least that is worth beginning one for.
 LIMIT = 530
+_LEAST = 20
+# Lines of a stage's tables, and of the log of one that failed, that are shown.
+_SHOWN = 40
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A command, `python -m` before it; {out} is the folder of results."""
+class Outcome:
+    """code: of the command, None where its time was up."""
 
-    name: str
-    command: str
-    gpu: bool = True
+    code: int | None
+    seconds: float
 
-
-STAGES = (
-    Stage("kernels-check", "pytest -q -m gpu tests/kernels"),
-    Stage("engine-check", "pytest -q tests/mimdit/test_engine.py tests/mimdit/test_equations.py"),
-    Stage(
-        "latency-512",
-        "bench.latency --sizes 512 --warmup 3 --variants reference reference-cached "
-        "engine-no-graph engine engine-fp8 engine-int8 engine-first-block-cache backbone-eager "
-        "--out {out}/latency-512.jsonl",
-    ),
-    Stage(
-        "latency-512-compiled",
-        "bench.latency --sizes 512 --runs 10 --warmup 3 --variants reference engine "
-        "engine-compile backbone-compiled --out {out}/latency-512-compiled.jsonl",
-    ),
-    Stage("kernels-quick", "bench.kernels --quick --out {out}/kernels-quick.jsonl"),
-    Stage("latency-1024", "bench.latency --sizes 1024 --runs 10 --out {out}/latency-1024.jsonl"),
-    Stage("kernels", "bench.kernels --out {out}/kernels.jsonl"),
-    Stage("latency-tiny", "bench.latency --model tiny --sizes 256 --out {out}/latency-tiny.jsonl"),
-    Stage("ablation", "bench.ablation --runs 5 --warmup 2 --out {out}/ablation.jsonl"),
-    Stage("data", "bench.data --out {out}/data.jsonl", gpu=False),
-    Stage("kernels-cpu", "bench.kernels --device cpu --out {out}/kernels-cpu.jsonl", gpu=False),
-    Stage(
-        "latency-cpu",
-        "bench.latency --model tiny --device cpu --precision fp32 --sizes 256 --runs 3 "
-        "--out {out}/latency-cpu.jsonl",
-        gpu=False,
-    ),
-)
+    def __str__(self) -> str:
+        verdict = {0: "done", None: "stopped at the time limit"}
+        return f"{verdict.get(self.code, f'failed ({self.code})')} after {self.seconds:.0f} s"
 
 
-def run(stage: Stage, out: Path, limit: float = LIMIT) -> dict[str, object]:
-    """Run a stage; its output goes to a log beside the rows. Returns what became of it."""
-    command = [sys.executable, "-m", *stage.command.format(out=out).split()]
+def run(stage: Stage, out: Path, small: bool, limit: float) -> Outcome:
+    """Run a stage; its output goes to a log beside the rows."""
+    command = stage.words(sys.executable, out, small)
     began = time.perf_counter()
     with (out / f"{stage.name}.log").open("w") as log:
         try:
@@ -69,7 +48,32 @@ def run(stage: Stage, out: Path, limit: float = LIMIT) -> dict[str, object]:
             ).returncode
         except subprocess.TimeoutExpired:
             code = None
-    return {"code": code, "seconds": round(time.perf_counter() - began, 1)}
+    return Outcome(code, round(time.perf_counter() - began, 1))
+
+
+def left_out(stage: Stage, gpu: bool) -> str:
+    """Why a stage cannot run here, or nothing."""
+    if stage.gpu and not gpu:
+        return "it needs a GPU"
+    if stage.under and shutil.which(program := stage.under.split()[0]) is None:
+        return f"there is no {program}"
+    return ""
+
+
+def put_aside(stage: Stage, out: Path) -> None:
+    """Files of an earlier run of a stage get another name, so that its rows are not doubled."""
+    for file in out.glob(f"{stage.name}.*"):
+        if file.suffix != ".before":
+            file.replace(file.with_name(f"{file.name}.before"))
+
+
+def shown(log: Path, failed: bool) -> str:
+    """What a log says: its tables, and where something went wrong its end."""
+    lines = log.read_text(errors="replace").splitlines()
+    tables = [line for line in lines if line.startswith("|")]
+    end = lines[-_SHOWN:] if failed else []
+    cut = ["…"] if len(tables) > _SHOWN else []
+    return "\n".join([*tables[:_SHOWN], *cut, *(line for line in end if line not in tables)])
 
 
 def main(argv: Sequence[str] | None = None, stages: Sequence[Stage] = STAGES) -> int:
@@ -80,29 +84,44 @@ def main(argv: Sequence[str] | None = None, stages: Sequence[Stage] = STAGES) ->
     p.add_argument("--stages", nargs="+", choices=names, metavar="STAGE", help=", ".join(names))
     p.add_argument("--resume", action="store_true", help="leave out stages that succeeded before")
     p.add_argument("--limit", type=float, default=LIMIT, help=f"seconds a stage (default {LIMIT})")
+    total = "seconds in all; what does not fit is left to --resume (default: no limit)"
+    p.add_argument("--total", type=float, default=float("inf"), help=total)
+    small = "the same commands at sizes that only try them, on whatever is there"
+    p.add_argument("--small", action="store_true", help=small)
     args = p.parse_args(argv)
 
     import torch
 
-    gpu = torch.cuda.is_available()
+    gpu = torch.cuda.is_available() or args.small
+    began = time.perf_counter()
     args.out.mkdir(parents=True, exist_ok=True)
     state_file = args.out / "suite.json"
-    state = json.loads(state_file.read_text()) if args.resume and state_file.is_file() else {}
-    chosen = [stage for stage in stages if args.stages is None or stage.name in args.stages]
-    for stage in chosen:
-        if stage.gpu and not gpu:
-            print(f"{stage.name}: left out, it needs a GPU")
+    state = json.loads(state_file.read_text()) if state_file.is_file() else {}
+    ran: list[int | None] = []
+    for stage in stages:
+        if args.stages is not None and stage.name not in args.stages:
             continue
-        if state.get(stage.name, {}).get("code") == 0:
+        if reason := left_out(stage, gpu):
+            print(f"{stage.name}: left out, {reason}")
+            continue
+        if args.resume and state.get(stage.name, {}).get("code") == 0:
             print(f"{stage.name}: done before")
             continue
+        rest = args.total - (time.perf_counter() - began)
+        if rest < _LEAST:
+            print(f"{stage.name}: left to --resume, the time is up")
+            ran.append(None)
+            continue
+        if not (args.resume and stage.resumes):
+            put_aside(stage, args.out)
         print(f"{stage.name}: running …", flush=True)
-        state[stage.name] = run(stage, args.out, args.limit)
+        outcome = run(stage, args.out, args.small, min(args.limit, rest))
+        ran.append(outcome.code)
+        state[stage.name] = vars(outcome)
         state_file.write_text(json.dumps(state, indent=1))
-        code, seconds = state[stage.name]["code"], state[stage.name]["seconds"]
-        verdict = {0: "done", None: "stopped at the time limit"}.get(code, f"failed ({code})")
-        print(f"{stage.name}: {verdict} after {seconds:.0f} s, see {args.out / stage.name}.log")
-    ran = [state[stage.name]["code"] for stage in chosen if stage.name in state]
+        log = args.out / f"{stage.name}.log"
+        print(f"{stage.name}: {outcome}, see {log}")
+        print(shown(log, outcome.code != 0), flush=True)
     return 0 if all(code == 0 for code in ran) else 1
 
 

@@ -20,7 +20,8 @@ from mimdit.mim import Routing
 from mimdit.transformer import MiMDiTTransformer2DModel
 
 Step = Callable[[Tensor, Tensor, Condition], Tensor]
-# Of the first-block cache: diffusers' own default.
+# The first-block cache, and its threshold where none is named: diffusers' own default.
+CACHED = "engine-first-block-cache"
 THRESHOLD = 0.05
 
 
@@ -39,7 +40,8 @@ class Variant:
     reference's; the bare backbone, which sees no condition, is there to compare with. approximate:
     its results are only close to the engine's. counted: a step of the same products for a FLOP
     counter, which does not see into graphs and other runtimes. sampling: entered around the steps
-    at these times. skipped: steps that a cache made cheaper, asked inside of it.
+    at these times. skipped: steps that a cache made cheaper, asked inside of it; threshold: of that
+    cache.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Variant:
     counted: Step | None = None
     sampling: Callable[[Tensor], AbstractContextManager[None]] = lambda _: nullcontext()
     skipped: Callable[[], int] | None = None
+    threshold: float | None = None
 
     def picture(self, model: MiMDiTTransformer2DModel, x: Tensor, z: Tensor, steps: int) -> Sampled:
         """Euler steps of equal length from noise x to a latent; both [B,c,h,w], float32."""
@@ -126,7 +129,9 @@ def accelerated(
     except ValueError as error:
         raise LeftOutError(str(error)) from error
     skipped = None if engine.threshold is None else lambda: engine.skipped
-    return with_engine(name, model, engine, approximate=approximate, skipped=skipped)
+    return with_engine(
+        name, model, engine, approximate=approximate, skipped=skipped, threshold=engine.threshold
+    )
 
 
 def backbone(name: str, model: MiMDiTTransformer2DModel, like: Tensor, compiled: bool) -> Variant:
@@ -147,7 +152,8 @@ def backbone(name: str, model: MiMDiTTransformer2DModel, like: Tensor, compiled:
     called: Callable[..., Tensor] = run
     if compiled:
         _check_compiler()
-        bare.compile_repeated_blocks(mode="max-autotune-no-cudagraphs", fullgraph=True)
+        for block in bare.transformer_blocks:
+            block.compile(mode="max-autotune-no-cudagraphs", fullgraph=True)
         called = Graphed(run, model.device) if model.device.type == "cuda" else run
     nothing = Condition(torch.empty(0), (), Routing(*[torch.empty(0)] * 4))
     return Variant(
@@ -182,9 +188,7 @@ MAKERS: dict[str, Callable[[MiMDiTTransformer2DModel, Tensor], Variant]] = {
     "engine-compile": partial(accelerated, "engine-compile", compile=True),
     "engine-fp8": partial(accelerated, "engine-fp8", approximate=True, quantize="fp8"),
     "engine-int8": partial(accelerated, "engine-int8", approximate=True, quantize="int8"),
-    "engine-first-block-cache": partial(
-        accelerated, "engine-first-block-cache", approximate=True, first_block_cache=THRESHOLD
-    ),
+    CACHED: partial(accelerated, CACHED, approximate=True, first_block_cache=THRESHOLD),
     "backbone-eager": partial(backbone, "backbone-eager", compiled=False),
     "backbone-compiled": partial(backbone, "backbone-compiled", compiled=True),
 }
@@ -197,11 +201,19 @@ for _name, _session in (("onnxruntime", onnxruntime), ("tensorrt", tensorrt)):
 def variants_of(
     model: MiMDiTTransformer2DModel, like: Tensor, names: Sequence[str]
 ) -> tuple[list[Variant], dict[str, str]]:
-    """Variants by name for latents like these [B,c,h,w], and why the others were left out."""
+    """Variants by name for latents like these [B,c,h,w], and why the others were left out.
+
+    Beside the names of `MAKERS`: "engine-first-block-cache=0.1", the cache at another threshold.
+    """
     found, missing = [], {}
     for name in names:
+        kind, _, threshold = name.partition("=")
+        make = MAKERS[kind]
+        if threshold:
+            cache = {"approximate": True, "first_block_cache": float(threshold)}
+            make = partial(accelerated, name, **cache)
         try:
-            found.append(MAKERS[name](model, like))
+            found.append(make(model, like))
         except LeftOutError as error:
             missing[name] = str(error)
     return found, missing

@@ -4,7 +4,7 @@ import argparse
 import re
 from pathlib import Path
 
-from mimdit import __version__
+from mimdit.cli.arguments import new_parser, number
 
 _EPILOG = """examples:
   mimdit-export --out tiny-onnx
@@ -17,16 +17,9 @@ exit code: 0 exported and all checks held, 1 failed, 2 wrong arguments
 
 def build_parser() -> argparse.ArgumentParser:
     """The arguments of `mimdit-export`."""
-    parser = argparse.ArgumentParser(
-        prog="mimdit-export",
-        description="Export a model to ONNX and TensorRT and check that it computes the same.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    does = "Export a model to ONNX and TensorRT and check that it computes the same."
+    parser = new_parser("mimdit-export", does, _EPILOG)
     add = parser.add_argument
-    add("--version", action="version", version=f"mimdit {__version__}")
-    add("--debug", action="store_true", help="show tracebacks and warnings")
     add(
         "model",
         nargs="?",
@@ -54,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--workspace",
-        type=float,
+        type=number(float, 0),
         metavar="GB",
         help="GPU memory that a layer of an engine may use (default: the library's own limit)",
     )
@@ -68,7 +61,10 @@ def build_parser() -> argparse.ArgumentParser:
         "single square gives fixed graphs",
     )
     shapes.add_argument(
-        "--dynamic", action="store_true", help="all sides that the model takes (the default)"
+        "--dynamic",
+        action="store_true",
+        help="all sides that the model takes (the default; of engines only up to the tile that it "
+        "was trained with, as they reserve memory for the largest)",
     )
     add(
         "--batch",

@@ -10,6 +10,8 @@ from export.engines import gpu
 from export.libraries import ExportError, library
 from export.sessions import AnySession, EngineSession, Session
 
+DEVICES = ("auto", "cpu", "cuda")
+
 
 def open_graphs(
     folder: Path, manifest: Mapping[str, Any], device: str, threads: int, runtime: str
@@ -17,11 +19,17 @@ def open_graphs(
     """The graphs of a verified folder, and what runs them; arguments as `ExportedPipeline`'s.
 
     Raises:
-        ExportError: no such engines, engines of other GPUs or versions, or no such device.
+        ExportError: no such engines, engines of other GPUs or versions, no such device, or one for
+            which ONNX Runtime does not compute in the folder's precision.
     """
     known = ("auto", "onnxruntime", "tensorrt", "tensorrt_rtx")
     if runtime not in known:
         raise ExportError(f"runtime: expected one of {', '.join(known)}, got {runtime!r}")
+    if device not in DEVICES:
+        raise ExportError(
+            f"device: expected {', '.join(DEVICES[:-1])} or {DEVICES[-1]} for an exported folder, "
+            f"got {device!r}"
+        )
     engines = manifest["engines"]
     wanted = [runtime] if runtime != "auto" else list(engines) if device != "cpu" and gpu() else []
     for name in (name for name in wanted if name != "onnxruntime"):
@@ -34,10 +42,17 @@ def open_graphs(
     if device == "auto":
         cuda = "CUDAExecutionProvider" in library("onnxruntime").get_available_providers()
         device = "cuda" if cuda else "cpu"
-    return "onnxruntime", {
-        name: Session(folder / entry["file"], device, threads)
-        for name, entry in manifest["graphs"].items()
-    }
+    try:
+        return "onnxruntime", {
+            name: Session(folder / entry["file"], device, threads)
+            for name, entry in manifest["graphs"].items()
+        }
+    except ExportError as error:
+        if manifest["precision"] != "bf16":
+            raise
+        raise ExportError(
+            f"precision: expected one that onnxruntime computes in on {device}, got bf16 ({error})"
+        ) from error
 
 
 def check_engines(folder: Path, manifest: Mapping[str, Any], name: str) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from export.arguments import build_parser
 from export.libraries import ExportError, library
 from export.report import Stages, table
+from mimdit.cli.interrupts import Interrupts
 from mimdit.errors import first_line
 
 if TYPE_CHECKING:
@@ -30,18 +31,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.out is None and not (args.check and args.model):
         parser.error("expected --out DIR, or --check with the folder of an earlier export")
+    # Read when diffusers is first imported.
+    for variable in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        os.environ.setdefault(variable, "error")
+    interrupts = Interrupts()
     try:
         for name in ("onnx", "onnxscript", "onnxruntime"):
             library(name)
-        with warnings.catch_warnings(), Stages() as stages, _terminable():
+        with warnings.catch_warnings(), Stages() as stages, _terminable(), interrupts:
             if not args.debug:
                 warnings.simplefilter("ignore")
             done = export(args, stages) if args.out is not None else check(args, stages)
-    except KeyboardInterrupt:
-        print("mimdit-export: stopped; nothing was written", file=sys.stderr)
-        return 130
     # Models fail in many ways: ExportError, ValueError, OSError, errors of torch's tracing ...
-    except Exception as error:
+    # and libraries turn Ctrl-C into errors of their own.
+    except (Exception, KeyboardInterrupt) as error:
+        if interrupts.asked or isinstance(error, KeyboardInterrupt):
+            print("mimdit-export: stopped; nothing was written", file=sys.stderr)
+            return 130
         if args.debug:
             traceback.print_exc()
         print(f"mimdit-export: {_sentence(error, args.out or args.model)}", file=sys.stderr)
@@ -66,27 +72,29 @@ def _sentence(error: Exception, place: Path | str) -> str:
 def export(args: argparse.Namespace, progress: Callable[[str], None]) -> "Export":
     """Write the folder that the arguments ask for."""
     model = args.model or "tiny"
-    if args.trt or args.trt_rtx:
-        from export.engines import require
-        from export.plan import targets
+    from export.compare import require_comparable
+    from export.engines import gpu, require
+    from export.folder import export_folder
+    from export.plan import plan, targets
 
-        for target in targets(args):
-            require(target)
+    # Before what takes minutes.
+    for target in targets(args):
+        require(target)
+    # Engines that run here are compared without ONNX Runtime, too.
+    if args.check is not False and not (targets(args) and gpu()):
+        require_comparable(args.precision, args.device, args.opset)
     progress(f"loading {model}")
     pipe = load(model, args.precision)
-    from export.folder import export_folder
-    from export.plan import plan
-
     # Folders by their full path: they are read again by --check, from anywhere.
     name = str(Path(model).resolve()) if Path(model).is_dir() else model
-    return export_folder(pipe, args.out, plan(pipe, args), name, progress)
+    return export_folder(pipe, _named(args.out), plan(pipe, args), name, progress)
 
 
 def check(args: argparse.Namespace, progress: Callable[[str], None]) -> "Export":
     """Compare the exported folder `args.model` with its model again."""
     from export.manifest import verify, weights_hash
 
-    folder = Path(args.model)
+    folder = _named(Path(args.model))
     progress(f"hashing {folder}")
     manifest = verify(folder)
     name = manifest["model"]["name"]
@@ -102,6 +110,11 @@ def check(args: argparse.Namespace, progress: Callable[[str], None]) -> "Export"
     from export.folder import check_folder
 
     return check_folder(pipe, folder, manifest, args.device, progress)
+
+
+def _named(folder: Path) -> Path:
+    """A path with a name of its own, beside which others can lie: "." has none."""
+    return folder if folder.name not in ("", "..") else folder.resolve()
 
 
 @contextmanager
@@ -125,8 +138,6 @@ def _terminable() -> Iterator[None]:
 
 def load(name: str, precision: str) -> Any:
     """The pipeline on the CPU; `debug` has drawn weights."""
-    for variable in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
-        os.environ.setdefault(variable, "error")
     from diffusers.utils import logging
 
     from mimdit.loading import PRECISIONS, WEIGHTS, assemble, load_pipeline

@@ -1,7 +1,8 @@
 """All comparisons of one exported folder with its model."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ from export.backends import check_engines
 from export.checks import GATES, Check
 from export.graphs import graphs_of
 from export.libraries import ExportError
+from export.limits import Limits
 from export.locate import Locator
 from export.manifest import verify
-from export.onnx_export import Limits
 from export.parity import check_drawn, check_graphs, located
 from export.pictures import Picture, check_picture, check_steps
 from export.runtime import ExportedPipeline
+from export.sessions import require_precision
 from export.weights import check_weights
 from mimdit.pipeline import MiMDiTPipeline
 
@@ -33,6 +35,8 @@ def compare(
 ) -> list[Check]:
     """What is shipped is what is checked: the files, read back. ONNX first, then engines that fit.
 
+    Where ONNX Runtime does not compute in the folder's precision, engines alone.
+
     pipe: on the CPU, in the folder's precision. programs: see `Locator`.
 
     Raises:
@@ -45,12 +49,11 @@ def compare(
     locate = Locator(pipe, folder, limits, manifest["opset"], GATES[precision], programs, progress)
     checks = [check_weights(folder / f"{graph.name}.onnx", graph) for graph in graphs_of(pipe)]
     wide = None if precision == "fp32" else _in_float32(pipe)
-    for name in _runtimes(folder, manifest):
+    names = _runtimes(folder, manifest, device, progress)
+    for name in names:
         progress(f"loading the graphs in {name}")
-        try:
+        with _advice():
             exported = ExportedPipeline(folder, device, torch.get_num_threads(), name)
-        except ExportError as error:
-            raise ExportError(f"{error}; --no-check leaves the comparison out") from error
         onnx = name == "onnxruntime"
         found = check_graphs(
             pipe,
@@ -71,21 +74,45 @@ def compare(
             picture = Picture(**settings["picture"])
             found.append(check_picture(pipe, exported, precision, picture))
         checks += found if onnx else [check.of(name) for check in found]
-    progress("checking with drawn weights")
-    checks += check_drawn(pipe, folder, device, precision, sizes[0], locate=locate)
+    if "onnxruntime" in names:
+        progress("checking with drawn weights")
+        checks += check_drawn(pipe, folder, device, precision, sizes[0], locate=locate)
     return checks
 
 
-def _runtimes(folder: Path, manifest: dict[str, Any]) -> list[str]:
+def require_comparable(precision: str, device: str, opset: int) -> None:
+    """ExportError where ONNX Runtime cannot run graphs of this precision for a comparison."""
+    with _advice():
+        require_precision(precision, device, opset)
+
+
+@contextmanager
+def _advice() -> Iterator[None]:
+    try:
+        yield
+    except ExportError as error:
+        raise ExportError(f"{error}; --no-check leaves the comparison out") from error
+
+
+def _runtimes(
+    folder: Path, manifest: dict[str, Any], device: str, progress: Callable[[str], None]
+) -> list[str]:
     """ONNX Runtime, and the libraries of engines that this machine can run."""
-    found = ["onnxruntime"]
+    found: list[str] = []
     for name in manifest["engines"]:
         try:
             check_engines(folder, manifest, name)
         except ExportError:
             continue
         found.append(name)
-    return found
+    try:
+        require_comparable(manifest["precision"], device, manifest["opset"])
+    except ExportError as error:
+        if not found:
+            raise
+        progress(f"leaving out ONNX Runtime ({error})")
+        return found
+    return ["onnxruntime", *found]
 
 
 def _in_float32(pipe: MiMDiTPipeline) -> MiMDiTPipeline:

@@ -21,7 +21,7 @@ from mimdit.errors import first_line
 if TYPE_CHECKING:
     # The runtime, which imports this module, does without the network's.
     from export.graphs import Graph
-    from export.onnx_export import Limits
+    from export.limits import Limits
 
 NAMES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 _SUFFIX = {"tensorrt": "trt", "tensorrt_rtx": "rtx"}

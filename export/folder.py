@@ -15,11 +15,12 @@ from export.cache import earlier, engine_key, reuse
 from export.checks import Check
 from export.compare import compare
 from export.engines import Engine, Target, build_engine, profile_shapes
-from export.graphs import Graph, graphs_of, traceable
+from export.graphs import graphs_of
 from export.inputs import Size
 from export.libraries import ExportError, versions
-from export.manifest import MANIFEST, finished_folder, weights_hash, write_manifest
-from export.onnx_export import Limits, Written, export_onnx, input_shapes
+from export.limits import Limits, codec_side, graph_limits, tracing, usual_side
+from export.manifest import finished_folder, refuse_other, weights_hash, write_manifest
+from export.onnx_export import Written, export_onnx, input_shapes
 from export.pictures import Picture
 from mimdit.codec import codec_factor
 from mimdit.pipeline import MiMDiTPipeline
@@ -90,22 +91,24 @@ def export_folder(
     scheduler = _scheduler(pipe)
     weights = weights_hash((pipe.transformer, pipe.vae))
     _enough_space(pipe, target, settings)
+    failed = target.with_name(f"{target.name}.failed")
+    if settings.check:
+        refuse_other(failed)
     before = earlier(target) if settings.targets else None
     written: list[Written] = []
     checks: list[Check] = []
     engines: list[tuple[Engine, dict[str, Any]]] = []
     size: dict[str, float] = {}
-    failed = target.with_name(f"{target.name}.failed")
     folder = target
     try:
         with finished_folder(target) as work:
             for graph in graphs_of(pipe):
                 progress(f"exporting {graph.name}")
-                takes = _limits(pipe, graph, settings.limits)
-                with traceable(pipe, _tokens(pipe, settings.limits)):
+                takes = graph_limits(pipe, graph, settings.limits)
+                with tracing(pipe, settings.limits):
                     written.append(export_onnx(graph, work, takes, settings.opset))
                 for library in settings.targets:
-                    usual = _usual(pipe, settings.limits)
+                    usual = usual_side(pipe, settings.limits)
                     shapes = profile_shapes(graph, input_shapes(graph, takes), takes, usual)
                     path = work / written[-1].file
                     key = engine_key(path, library, shapes, settings.precision, weights)
@@ -158,11 +161,10 @@ def check_folder(
     """
     entries = {k: v for k, v in manifest.items() if k not in ("format", "files", "sha256")}
     with finished_folder(target) as work:
-        for path in target.iterdir():
-            _link(path, work / path.name)
         # Links: writing them would write those of the folder that is to be replaced.
-        (work / PARITY).unlink(missing_ok=True)
-        (work / MANIFEST).unlink()
+        for name in manifest["files"]:
+            if name != PARITY:
+                _link(target / name, work / name)
         write_manifest(work, entries | {"parity": "not checked"})
         checks = compare(pipe, work, device, {}, progress)
         write_report(work, entries, checks)
@@ -215,26 +217,6 @@ def _link(source: Path, copy: Path) -> None:
         shutil.copyfile(source, copy)
 
 
-def _usual(pipe: MiMDiTPipeline, limits: Limits) -> int:
-    """Tokens along a side of the trained tile."""
-    config = pipe.transformer.config
-    return min(config["sample_size"] // config["patch_size"], limits.side[1])
-
-
-def _tokens(pipe: MiMDiTPipeline, limits: Limits) -> int:
-    return limits.batch[1] * _usual(pipe, limits) ** 2
-
-
-def _limits(pipe: MiMDiTPipeline, graph: Graph, limits: Limits) -> Limits:
-    """The codec takes whole pictures, not tiles."""
-    if "vae" not in graph.name:
-        return limits
-    patch = codec_factor(pipe.vae) * pipe.transformer.config["patch_size"]
-    low, high = limits.side
-    largest = max(high, pipe.vae.tile_sample_min_size // patch)
-    return Limits(limits.batch, (min(low, 8), largest))
-
-
 def _scheduler(pipe: MiMDiTPipeline) -> dict[str, float]:
     """What `runtime.euler_sigmas` needs; it knows statically shifted Euler steps alone."""
     scheduler, config = pipe.scheduler, dict(pipe.scheduler.config)
@@ -269,7 +251,8 @@ def _runtime(pipe: MiMDiTPipeline, scheduler: dict[str, float]) -> dict[str, Any
     return {
         "codec": "vae" if vae else "pixel",
         "factor": codec_factor(codec),
-        "largest": int(codec.tile_sample_min_size) if vae else None,
+        "channels": config["in_channels"],
+        "codec_side": codec_side(pipe) if vae else None,
         "patch_size": config["patch_size"],
         "sample_size": config["sample_size"],
         "min_tokens": MIN_TOKENS,

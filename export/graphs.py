@@ -24,10 +24,13 @@ from torch import Tensor, nn
 from mimdit import experts, flow
 from mimdit.codec import Codec, codec_factor
 from mimdit.condition import Condition
-from mimdit.mim import Routing
+from mimdit.mim import MiM, Routing
 from mimdit.pipeline import MiMDiTPipeline
 from mimdit.transformer import MiMDiTTransformer2DModel
 from mimkernels import use_backend
+
+# Elements of attention scores that blocks in the conditioner may fill together.
+_SCORES = 2**28
 
 
 class Graph(nn.Module):
@@ -191,16 +194,17 @@ def graphs_of(pipe: MiMDiTPipeline) -> list[Graph]:
 
 
 @contextmanager
-def traceable(pipe: MiMDiTPipeline, tokens: int) -> Iterator[None]:
+def traceable(pipe: MiMDiTPipeline, tokens: int, batch: int = 1) -> Iterator[None]:
     """Inside, the pipeline's parts run without the engine, kernels, gradients and VAE tiles.
 
-    tokens: of the largest batch; the blocks that the conditioner takes together depend on it.
+    tokens: of the largest batch, of so many pictures; the blocks that the conditioner takes
+    together depend on it.
     """
     model, codec = pipe.transformer, pipe.vae
     engine, model.engine = model.engine, None
-    slices = model.mim.chunks(torch.empty(1, tokens, 1, device="meta"))
+    together = _together(model.mim, tokens, batch)
     # Shadows the method, whose answer would depend on the traced size.
-    model.mim.__dict__["chunks"] = lambda z: slices
+    model.mim.__dict__["together"] = lambda tokens: together
     convolution = experts.expert_depthwise3x3
     experts.expert_depthwise3x3 = depthwise3x3
     tiled = getattr(codec, "use_tiling", False)
@@ -211,9 +215,21 @@ def traceable(pipe: MiMDiTPipeline, tokens: int) -> Iterator[None]:
             yield
     finally:
         model.engine, experts.expert_depthwise3x3 = engine, convolution
-        del model.mim.__dict__["chunks"]
+        del model.mim.__dict__["together"]
         if tiled:
             codec.enable_tiling()
+
+
+def _together(mim: MiM, tokens: int, batch: int) -> int:
+    """Blocks that go through the conditioner together.
+
+    Not every runtime fuses attention: where scores between all tokens of a picture are held, those
+    of many blocks would fill more memory than all else.
+    """
+    spatial = [bank for bank in mim.banks if isinstance(bank, experts.SpatialExperts)]
+    heads = max((bank.heads for bank in spatial), default=0)
+    scores = mim.top_k * heads * tokens**2 // batch
+    return max(1, min(mim.together(tokens), _SCORES // max(scores, 1)))
 
 
 def depthwise3x3(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:

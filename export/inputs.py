@@ -1,5 +1,6 @@
 """Inputs for comparisons: random ones, and a photograph damaged in several ways."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,11 @@ def latent_shape(pipe: MiMDiTPipeline, size: Size) -> tuple[int, ...]:
     config = pipe.transformer.config
     batch, *tokens = size
     return (batch, config["in_channels"], *(n * config["patch_size"] for n in tokens))
+
+
+def size_text(size: Sequence[int]) -> str:
+    """Batch×rows×columns."""
+    return "×".join(map(str, size))
 
 
 def different(index: Tensor | np.ndarray) -> int:

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from export.checks import relative_error
-from export.graphs import graphs_of, traceable
+from export.graphs import graphs_of
 from export.libraries import library
-from export.onnx_export import Limits, translate
+from export.limits import Limits, graph_limits, tracing
+from export.onnx_export import translate
 from export.sessions import Session
 from export.weights import exchanged
 from mimdit.errors import first_line
@@ -76,8 +77,9 @@ class Locator:
         path = self.folder / f"{name}.onnx"
         try:
             if name not in self.programs:
-                with traceable(self.pipe, self.limits.batch[1] * self.limits.side[1] ** 2):
-                    translated = translate(graph, self.limits, self.opset)
+                takes = graph_limits(self.pipe, graph, self.limits)
+                with tracing(self.pipe, self.limits):
+                    translated = translate(graph, takes, self.opset)
                 self.programs[name] = translated.exported_program
             given = exchanged(path, graph, "cpu") if drawn else {}
             place = first_difference(path, self.programs[name], inputs, self.gate, given)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 
 
 def weights_hash(parts: "Iterable[nn.Module]") -> str:
@@ -107,16 +107,13 @@ def _same(folder: Path, field: str, expected: Any, got: Any) -> None:
 def finished_folder(target: Path) -> Iterator[Path]:
     """A folder to write into that becomes `target` at the end, whole or not at all.
 
-    It replaces an earlier export, but no folder of another kind. What a killed process left of its
-    own attempt goes first.
+    It replaces an earlier export, but no folder of another kind; other files beside the export's
+    own move along. What a killed process left of its own attempt goes first.
 
     Raises:
         ExportError: `target` is neither new, empty nor an export.
     """
-    if target.exists() and not target.is_dir():
-        raise ExportError(f"{target}: is a file; give a folder")
-    if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
-        raise ExportError(f"{target}: holds other files than an export; give another folder")
+    refuse_other(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     for abandoned in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
         lock = _lock(abandoned)
@@ -138,11 +135,43 @@ def finished_folder(target: Path) -> Iterator[Path]:
             if earlier.exists():
                 earlier.rename(target)
             raise
+        for other in _others(earlier):
+            if not (target / other.name).exists():
+                other.rename(target / other.name)
         shutil.rmtree(earlier, ignore_errors=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+def refuse_other(target: Path) -> None:
+    """ExportError unless a folder is new, empty or an export, whole or damaged."""
+    if target.exists() and not target.is_dir():
+        raise ExportError(f"{target}: is a file; give a folder")
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    # Folders of other programs have a file of this name, too.
+    graphs = (target / MANIFEST).is_file() and any(target.glob("*.onnx"))
+    if not graphs and _listed(target) is None:
+        raise ExportError(f"{target}: holds other files than an export; give another folder")
+
+
+def _listed(folder: Path) -> set[str] | None:
+    """Names of the files in a manifest, if it can be read."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        return {MANIFEST, *manifest["files"]} if "sha256" in manifest else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _others(folder: Path) -> list[Path]:
+    """What lies in an earlier export and is no part of it."""
+    if not folder.is_dir():
+        return []
+    own = _listed(folder) or set()
+    return [path for path in folder.iterdir() if path.name not in own]
 
 
 def _lock(folder: Path) -> int | None:

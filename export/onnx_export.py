@@ -14,21 +14,8 @@ from torch.export import Dim
 
 from export.graphs import Graph
 from export.libraries import ExportError, library
+from export.limits import Limits
 from mimdit.errors import first_line
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Sizes that a graph takes: pictures in a batch, tokens along each side; both ends included."""
-
-    batch: tuple[int, int]
-    side: tuple[int, int]
-
-    def traced(self) -> tuple[int, int, int]:
-        """Batch, rows and columns to trace with: where they vary, unlike each other and not 1."""
-        low, high = self.side
-        rows, columns = min(low + 3, high), min(low + 5, high)
-        return min(max(self.batch[0], 2), self.batch[1]), rows, columns
 
 
 @dataclass(frozen=True)

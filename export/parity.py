@@ -9,7 +9,7 @@ and with a photograph, and once with drawn weights, which hide no fault (`export
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,28 +24,24 @@ from export.graphs import graphs_of
 from export.inputs import (
     LEAST_TIME,
     Size,
-    different,
     photograph_latents,
     random_latents,
+    size_text,
     step_inputs,
 )
 from export.libraries import ExportError
-from export.sessions import AnySession
+from export.limits import codec_side
+from export.routing import Graphs, forced_routing, routing_check
 from export.weights import drawn_session, drawn_weights
 from mimdit import flow
 from mimdit.codec import decode, encode
 from mimdit.condition import Condition
-from mimdit.mim import MiM, Routing
 from mimdit.pipeline import MiMDiTPipeline
 from mimkernels import use_backend
 
 # Of the error to float32, in multiples of the eager model's.
 WIDE_FACTOR = 1.5
-# Where routers' sums round either way, this much of a logit makes the reference's choice clear.
-_NUDGE = 1e-2
-_TRIES = 3
 
-Graphs = Mapping[str, AnySession]
 Locate = Callable[[str, dict[str, Any], bool], str]
 
 
@@ -66,10 +62,11 @@ def check_graphs(
     locate: see `export.locate.Locator`; called once for each graph that fails.
     """
     checks: list[Check] = []
+    gate = GATES[precision]
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad(), reference(pipe):
         for size in sizes:
-            progress(f"checking {_text(size)} tokens")
+            progress(f"checking {size_text(size)} tokens")
             for kind in kinds:
                 latents = (
                     random_latents(pipe, size, generator)
@@ -77,7 +74,10 @@ def check_graphs(
                     else photograph_latents(pipe, size)
                 )
                 inputs = step_inputs(pipe, latents, generator)
-                found = _checked(pipe, graphs, GATES[precision], size, inputs, wide)
+                parts = [_check_model(pipe, graphs, gate, size, inputs, wide)]
+                if "vae_encoder" in graphs:
+                    parts.append(_check_vae(pipe, graphs, gate, size, inputs))
+                found = _collected(parts, size_text(size), gate)
                 checks += [replace(check, inputs=kind) for check in found]
     return located(checks, locate)
 
@@ -133,27 +133,18 @@ def raw_output(
     return model.predict(seen, timestep, condition, **text)
 
 
-def _checked(
-    pipe: MiMDiTPipeline,
-    graphs: Graphs,
-    gate: float,
-    size: Size,
-    inputs: dict[str, Tensor],
-    wide: MiMDiTPipeline | None,
-) -> list[Check]:
+def _collected(parts: Sequence[Iterator[Check]], at: str, gate: float) -> list[Check]:
     """All checks of one size; a graph that cannot run is a failed one."""
     checks: list[Check] = []
-    parts = [_check_model(pipe, graphs, gate, size, inputs, wide)]
-    if "vae_encoder" in graphs:
-        parts.append(_check_vae(pipe, graphs, gate, size, inputs))
     for part in parts:
         try:
             # Not extend: what came before an error is kept.
             for check in part:
                 checks.append(check)
         except ExportError as error:
-            name = str(error).partition(".onnx")[0]
-            checks.append(Check(name, "outputs", _text(size), math.nan, gate, str(error)))
+            # Messages begin with the name of the graph's file.
+            name = str(error).partition(".")[0]
+            checks.append(Check(name, "outputs", at, math.nan, gate, str(error)))
     return checks
 
 
@@ -165,7 +156,7 @@ def _check_model(
     inputs: dict[str, Tensor],
     wide: MiMDiTPipeline | None,
 ) -> Iterator[Check]:
-    model, at = pipe.transformer, _text(size)
+    model, at = pipe.transformer, size_text(size)
     z_lq, x_t, timestep = inputs["z_lq"], inputs["x_t"], inputs["timestep"]
     text = {
         "encoder_hidden_states": inputs["text"].to(model.dtype),
@@ -180,10 +171,10 @@ def _check_model(
     routing = model.mim.route(means)
     own = graphs["conditioner"](z_lq=z_lq, means=found)
     fed = {"z_lq": z_lq, "means": torch.from_numpy(found)}
-    yield _routing_check("routing", at, model.mim, means, routing, own["index"], gate, fed)
-    means, routing, forced = _forced(model.mim, graphs, z_lq, means)
+    yield routing_check("routing", at, model.mim, means, routing, own["index"], gate, fed)
+    means, routing, forced = forced_routing(model.mim, graphs, z_lq, means)
     fed = {"z_lq": z_lq, "means": means.float()}
-    yield _routing_check("routing, forced", at, model.mim, means, routing, forced["index"], 0, fed)
+    yield routing_check("routing, forced", at, model.mim, means, routing, forced["index"], 0, fed)
     condition = model.encode_condition(z_lq, routing)
     tokens = torch.stack(condition.tokens)
     for name, value in (
@@ -228,90 +219,15 @@ def _block(found: np.ndarray, value: Tensor, gate: float) -> str:
     return "" if first is None else f"first block over the gate: {first}"
 
 
-def _forced(
-    mim: MiM, graphs: Graphs, z_lq: Tensor, means: Tensor
-) -> tuple[Tensor, Routing, dict[str, np.ndarray]]:
-    """Means whose routing rounds alike, the reference's routing by them, the graph's outputs.
-
-    Means decide the routing. Where two sub-experts tie, they move a little towards the one that the
-    reference takes.
-    """
-    tries = 0
-    while True:
-        routing = mim.route(means)
-        forced = graphs["conditioner"](z_lq=z_lq, means=means.float())
-        tries += 1
-        if forced["index"].shape != routing.index.shape or tries == _TRIES:
-            return means, routing, forced
-        flipped = _flipped(forced["index"], routing)
-        if not flipped.any() or float(_margins(mim, means)[flipped].max()) > _NUDGE:
-            return means, routing, forced
-        order = _all_experts(mim, means).index
-        means = means.clone()
-        for layer, picture, group in flipped.nonzero().tolist():
-            taken, left = order[layer, picture, group, mim.top_k - 1 : mim.top_k + 1].tolist()
-            rows = mim.intra_router[layer, group].to(means.dtype)
-            apart = rows[taken] - rows[left]
-            step = _NUDGE * apart / apart.square().sum().clamp(min=1e-12)
-            means[layer, picture, : len(step)] += step
-
-
-def _routing_check(
-    name: str,
-    at: str,
-    mim: MiM,
-    means: Tensor,
-    routing: Routing,
-    index: np.ndarray,
-    allowed: float,
-    fed: dict[str, Any],
-) -> Check:
-    """The largest margin, in softmax weight, at which picks differ; 0 where none do."""
-    pictures = index.shape[1]
-    unlike = f", {different(routing.index)} different routings of {pictures} pictures"
-    if index.shape != routing.index.shape:
-        return Check("conditioner", name, at, math.nan, allowed, "another number of picks", fed=fed)
-    flipped = _flipped(index, routing)  # [L,B,G]
-    count = int(flipped.sum())
-    if not count:
-        note = f"{flipped.numel()} equal picks{unlike if pictures > 1 else ''}"
-        return Check("conditioner", name, at, 0.0, allowed, note, fed=fed)
-    worst = float(_margins(mim, means)[flipped].max())
-    first = int(flipped.nonzero()[0, 0])
-    note = f"{count} of {flipped.numel()} picks differ, first in block {first}"
-    return Check("conditioner", name, at, worst, allowed, note, fed=fed)
-
-
-def _flipped(index: np.ndarray, routing: Routing) -> Tensor:
-    """Where the sets of sub-experts differ, [L,B,G]."""
-    sets = (np.sort(x, axis=-1) for x in (index, routing.index.numpy()))
-    return torch.from_numpy(np.any(np.not_equal(*sets), axis=-1))
-
-
-def _margins(mim: MiM, means: Tensor) -> Tensor:
-    """Weight of the last sub-expert taken less that of the first one left, [L,B,G]."""
-    weights = _all_experts(mim, means).intra
-    # Where all are taken nothing may differ.
-    if mim.top_k == mim.experts:
-        return torch.full_like(weights[..., 0], math.inf)
-    return weights[..., mim.top_k - 1] - weights[..., mim.top_k]
-
-
-def _all_experts(mim: MiM, means: Tensor) -> Routing:
-    """The routing with all sub-experts in order of their weights."""
-    k, renormalize = mim.top_k, mim.renormalize
-    mim.top_k, mim.renormalize = mim.experts, False
-    try:
-        return mim.route(means)
-    finally:
-        mim.top_k, mim.renormalize = k, renormalize
-
-
 def _check_vae(
     pipe: MiMDiTPipeline, graphs: Graphs, gate: float, size: Size, inputs: dict[str, Tensor]
 ) -> Iterator[Check]:
-    codec, at = cast(Any, pipe.vae), _text(size)
-    fed: dict[str, Any] = {"latents": inputs["z_lq"]}
+    """Of larger latents a tile of the codec's own size, in which both sides take the whole."""
+    codec, most = cast(Any, pipe.vae), codec_side(pipe)
+    batch, *tokens = size
+    at = size_text((batch, *(min(n, most) for n in tokens)))
+    side = most * pipe.transformer.config["patch_size"]
+    fed: dict[str, Any] = {"latents": inputs["z_lq"][..., :side, :side].contiguous()}
     pictures = decode(codec, fed["latents"])
     found = graphs["vae_decoder"](**fed)["pictures"]
     yield Check("vae_decoder", "pictures", at, relative_error(found, pictures), gate, fed=fed)
@@ -319,7 +235,3 @@ def _check_vae(
     found = graphs["vae_encoder"](**fed)["latents"]
     error = relative_error(found, encode(codec, fed["pictures"]))
     yield Check("vae_encoder", "latents", at, error, gate, fed=fed)
-
-
-def _text(size: Size) -> str:
-    return "×".join(map(str, size))

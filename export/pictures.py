@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from export.checks import GATES, Check, relative_error
-from export.inputs import Size, damage, photograph, photograph_latents, step_inputs
-from export.parity import Graphs, raw_output, reference
+from export.inputs import Size, damage, photograph, photograph_latents, size_text, step_inputs
+from export.parity import raw_output, reference
+from export.routing import Graphs
 from export.runtime import ExportedPipeline
 from mimdit.errors import first_line
 from mimdit.metrics import psnr
@@ -33,7 +34,7 @@ def check_steps(
     pipe: MiMDiTPipeline, graphs: Graphs, precision: str, size: Size, steps: int
 ) -> Iterator[Check]:
     """The denoiser's output in every step of a restoration, fed with the reference's latents."""
-    model, at = pipe.transformer, "×".join(map(str, size))
+    model, at = pipe.transformer, size_text(size)
     with torch.no_grad(), reference(pipe):
         z_lq = photograph_latents(pipe, size)
         generator = torch.Generator().manual_seed(0)

@@ -5,13 +5,17 @@ import argparse
 from export.compare import STEPS
 from export.engines import Target
 from export.folder import Settings
-from export.onnx_export import Limits
+from export.limits import Limits, codec_side
 from export.pictures import Picture
 from mimdit.codec import PixelCodec, codec_factor
 from mimdit.pipeline import MiMDiTPipeline
+from mimdit.planning import MIN_TOKENS
 
 # Tokens along the shortest side of graphs without --sizes; the largest side is the model's.
 _LEAST = 8
+# Tokens along a tile of the picture, where the graphs take so few: more prove the same, and take
+# CPUs long.
+_PICTURE = 32
 
 
 def plan(pipe: MiMDiTPipeline, args: argparse.Namespace) -> Settings:
@@ -29,7 +33,9 @@ def plan(pipe: MiMDiTPipeline, args: argparse.Namespace) -> Settings:
             raise ValueError(
                 f"--sizes: expected multiples of {patch} up to {largest * patch}, got {h}x{w}"
             )
-    sides = {n for size in asked for n in size} or {min(_LEAST, largest), largest}
+    # Engines reserve memory for the largest.
+    most = trained if targets(args) and not args.dynamic else largest
+    sides = {n for size in asked for n in size} or {min(_LEAST, most), most}
     low, high = min(sides), max(sides)
     limits = Limits(args.batch, (low, high))
     unseen = [
@@ -39,15 +45,15 @@ def plan(pipe: MiMDiTPipeline, args: argparse.Namespace) -> Settings:
     checked = [(1, *size) for size in asked or [(trained, trained)]]
     checked = list(dict.fromkeys([limits.traced(), *checked, *unseen]))
     # CPUs are slow in half precision, and the picture is only reported then.
-    tile = (max(low, min(trained, high)) if args.precision == "fp32" else low) * patch
+    tile = (max(low, min(trained, high, _PICTURE)) if args.precision == "fp32" else low) * patch
     if isinstance(pipe.vae, PixelCodec):
         # A little more than one tile, so that there are several.
         picture = Picture(tile + 24, tile, STEPS)
     else:
-        side = max(16, low) * patch
-        # Shifted grids add a patch; larger pictures the pipeline encodes in tiles.
-        small = side + patch <= pipe.vae.tile_sample_min_size
-        picture = Picture(side, tile, STEPS) if small else None
+        side = max(MIN_TOKENS, low)
+        # Shifted grids add a patch; a network with a codec takes CPUs long on larger pictures.
+        small = side < codec_side(pipe)
+        picture = Picture(side * patch, tile, STEPS) if small else None
     return Settings(
         limits,
         checked,

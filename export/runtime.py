@@ -5,108 +5,36 @@ Torch serves as the array library: tiles, colours and noise are the pipeline's o
 give equal pictures. Neither diffusers nor a module of the network is imported.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from export.backends import open_graphs
 from export.libraries import ExportError
+from export.loop import Routing, denoiser, routing_of
 from export.manifest import verify
-from export.sessions import AnySession
 from mimdit.color import color_fix
 from mimdit.inputs import Pictures, to_tensor
 from mimdit.options import check_options, grid_places
-from mimdit.tile_loop import TileLoop, pool_tiles
-from mimdit.tiling import Tiling, plan_tiles, reflect_pad
+from mimdit.tiling import Tiling, codec_tiles, plan_tiles, reflect_pad
 
-# Conditioning tokens beyond this many bytes are computed anew in every step instead of kept.
-_CONDITION_BYTES = 2**30
-
-
-@dataclass(frozen=True)
-class Routing:
-    """What the routers chose: inter [L,B,G], intra and index [L,B,G,k]."""
-
-    inter: np.ndarray
-    intra: np.ndarray
-    index: np.ndarray
-
-    def as_dict(self) -> dict[str, Any]:
-        """Nested lists, for JSON."""
-        return {name: getattr(self, name).tolist() for name in ("inter", "intra", "index")}
+Generators = torch.Generator | Sequence[torch.Generator] | None
+Callback = Callable[["ExportedPipeline", int, Tensor, dict[str, Any]], dict[str, Any]]
 
 
 class Restored(NamedTuple):
-    """images: float32 [B,H,W,3] in [0,1]; the routing taken."""
+    """images: as `output_type` says; the routing taken."""
 
-    images: np.ndarray
+    images: Any
     routing: Routing
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """What the denoiser reads of the damaged tiles of a pass, where it runs."""
-
-    named: dict[str, Any]
-    bytes: int
-
-
-def _denoiser(
-    graphs: Mapping[str, AnySession],
-    z_lq: Tensor,
-    tiling: Tiling,
-    prompts: Sequence[tuple[Tensor, Tensor]],
-    guidance_scale: float,
-    tile_batch: int,
-    shared: bool,
-) -> tuple[TileLoop[_Inputs], dict[int, tuple[np.ndarray, ...]]]:
-    """The graphs as a `TileLoop`; and inter [L,G], intra and index [L,G,k] that they will choose.
-
-    The latter by picture, or where the routing is not shared by tile and picture.
-    """
-
-    def pool(z_lq: Tensor) -> Tensor:
-        return torch.from_numpy(graphs["pool"](z_lq=z_lq)["means"])
-
-    def encode(z_lq: Tensor, rows: Tensor) -> _Inputs:
-        out = graphs["conditioner"](z_lq=z_lq, means=means[:, rows].numpy())
-        for place, row in enumerate(rows.tolist()):
-            chosen[row] = tuple(out[name][:, place] for name in ("inter", "intra", "index"))
-        resident = graphs["denoiser"].resident
-        named = {name: resident(out[name]) for name in ("tokens", "pooled")}
-        return _Inputs({"z_lq": z_lq, **named}, out["tokens"].nbytes)
-
-    def velocities(x: Tensor, t: Tensor, condition: _Inputs) -> list[Tensor]:
-        found = (
-            graphs["denoiser"](
-                x_t=x,
-                timestep=t.contiguous(),
-                **condition.named,
-                text=text.expand(len(x), -1, -1),
-                pooled_text=pooled.expand(len(x), -1),
-            )
-            for text, pooled in prompts
-        )
-        return [torch.from_numpy(out["velocity"]) for out in found]
-
-    parts = (z_lq, tiling, tile_batch)
-    means = pool_tiles(pool, *parts, shared=shared)
-    chosen: dict[int, tuple[np.ndarray, ...]] = {}
-    options: dict[str, Any] = {"shared": shared, "keep": _CONDITION_BYTES}
-    return TileLoop(*parts, encode, velocities, guidance_scale, **options), chosen
-
-
-def _routing(chosen: Mapping[int, tuple[np.ndarray, ...]]) -> Routing:
-    columns = (chosen[row] for row in sorted(chosen))
-    return Routing(*(np.stack(parts, axis=1) for parts in zip(*columns, strict=True)))
 
 
 class ExportedPipeline:
@@ -150,8 +78,10 @@ class ExportedPipeline:
         image: Pictures,
         num_inference_steps: int | None = None,
         shifts: int | None = None,
+        prompt: str | None = None,
+        negative_prompt: str | None = None,
         guidance_scale: float = 1.0,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         strength: float = 1.0,
         color_fix: str = "none",
         tile: int = 0,
@@ -159,61 +89,76 @@ class ExportedPipeline:
         tile_batch: int | None = None,
         routing: str = "picture",
         experts: Mapping[str, float] | None = None,
-        output_type: str = "np",
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        progress: Callable[[int, int], object] | None = None,
     ) -> Restored:
         """Restore one picture or a batch of equal size; arguments as the pipeline's.
 
         Those that an exported folder cannot follow must be left out: captions, which need text
-        encoders, and weights of experts, whose routers are inside the graphs.
-
-        Noise is drawn on the CPU from `generator`, one draw of the latents' shape for each shifted
-        grid, as the pipeline draws it.
+        encoders, and weights of experts, whose routers are inside the graphs. The result is a tuple
+        with names, whatever `return_dict` says.
 
         Raises:
             ValueError: an argument out of range, or a result that is not finite.
         """
-        settings = self.settings
+        settings, most = self.settings, self.limits["batch"][1]
         steps = settings["default_steps"] if num_inference_steps is None else num_inference_steps
         if num_inference_steps is None and shifts is None:
             shifts = settings["default_shifts"]
-        shifts = 1 if shifts is None else shifts
-        if output_type != "np":
-            raise ValueError(f"output_type: expected np, got {output_type!r}")
+        shifts = 1 if shifts is None or output_type == "latent" else shifts
         check_options(
             steps, shifts, strength, color_fix, tile, tile_overlap, tile_batch, routing, output_type
         )
-        if experts:
-            raise ValueError(f"experts: expected none for an exported folder, got {experts}")
+        unable = {"prompt": prompt, "negative_prompt": negative_prompt, "experts": experts}
+        for name, value in unable.items():
+            if value:
+                raise ValueError(f"{name}: expected none for an exported folder, got {value!r}")
         damaged = to_tensor(image)
-        height, width = damaged.shape[-2:]
-        if not 1 <= len(damaged) <= self.limits["batch"][1]:
-            most = self.limits["batch"][1]
-            raise ValueError(f"image: expected 1 to {most} pictures at once, got {len(damaged)}")
+        pictures, _, height, width = damaged.shape
+        if pictures > most:
+            raise ValueError(f"image: expected 1 to {most} pictures at once, got {pictures}")
         prompts = self._prompts(guidance_scale)
         sigmas = euler_sigmas(settings["scheduler"], steps)
         places = grid_places(shifts, settings["factor"] * settings["patch_size"])
         images, taken = torch.zeros_like(damaged), None
-        with tqdm(total=steps * len(places), **self._progress) as bar:
-            for top, left in places:
+        with tqdm(total=0, **self._progress) as bar:
+            for grid, (top, left) in enumerate(places):
                 moved = reflect_pad(damaged, height + top, width + left, top, left)
                 z_lq = self._encode(moved)
                 tiling = self._tiling((z_lq.shape[-2], z_lq.shape[-1]), tile, tile_overlap)
-                most = max(1, self.limits["batch"][1] // len(damaged))
-                batch = tiling.even(min(tile_batch or 1, most))
+                batch = tiling.even(min(tile_batch or 1, max(1, most // pictures)))
+                passes = steps * len(tiling.chunks(batch))
+                bar.total, bar.n = passes * shifts, passes * grid
+                bar.refresh()
+                done = count(passes * grid + 1)
+
+                def passed(done: Iterator[int] = done, total: int = passes * shifts) -> None:
+                    bar.update()
+                    if progress is not None:
+                        progress(next(done), total)
+
                 shared = routing == "picture"
-                velocity, chosen = _denoiser(
-                    self.graphs, z_lq, tiling, prompts, guidance_scale, batch, shared
-                )
-                latents = torch.randn(z_lq.shape, generator=generator)
-                for now, then in pairwise(sigmas):
+                options = (guidance_scale, batch, shared, passed)
+                velocity, chosen = denoiser(self.graphs, z_lq, tiling, prompts, *options)
+                latents = _noise(z_lq.shape, generator)
+                for i, (now, then) in enumerate(pairwise(sigmas)):
                     time = torch.tensor(float(now * settings["scheduler"]["train_steps"]))
                     latents = latents + float(then - now) * velocity(latents, time)
-                    bar.update()
-                taken = _routing(chosen) if taken is None else taken
+                    if callback_on_step_end is not None:
+                        named = {"latents": latents}
+                        state = {name: named[name] for name in callback_on_step_end_tensor_inputs}
+                        given = callback_on_step_end(self, i, time, state)
+                        latents = given.pop("latents", latents)
+                taken = routing_of(chosen) if taken is None else taken
+                if output_type == "latent":
+                    return Restored(latents, taken)
                 pixels = self._decode(latents) / 2 + 0.5
-                images += pixels[..., top : top + height, left : left + width] / len(places)
+                images += pixels[..., top : top + height, left : left + width] / shifts
         assert taken is not None
-        return Restored(_finish(images, damaged, strength, color_fix), taken)
+        return Restored(_finish(images, damaged, strength, color_fix, output_type), taken)
 
     def _prompts(self, scale: float) -> list[tuple[Tensor, Tensor]]:
         """Stored text of the one branch, or of the positive and the negative one."""
@@ -229,21 +174,36 @@ class ExportedPipeline:
     def _encode(self, damaged: Tensor) -> Tensor:
         """Latents of pictures padded to whole patches."""
         settings, (low, _) = self.settings, self.limits["side"]
-        patch = settings["factor"] * settings["patch_size"]
+        factor, patch = settings["factor"], settings["factor"] * settings["patch_size"]
         least = max(settings["min_tokens"], low)
         padded = [max(-(-n // patch), least) * patch for n in damaged.shape[-2:]]
         pictures = reflect_pad(damaged, *padded) * 2 - 1
         if settings["codec"] == "pixel":
-            return F.pixel_unshuffle(pictures, settings["factor"])
-        if max(padded) > settings["largest"]:
-            got = f"{padded[0]}×{padded[1]} after padding"
-            raise ValueError(f"image: expected at most {settings['largest']} pixels, got {got}")
-        return torch.from_numpy(self.graphs["vae_encoder"](pictures=pictures)["latents"])
+            return F.pixel_unshuffle(pictures, factor)
+        coarse, fine = self._codec_tiles(padded[0] // factor, padded[1] // factor)
+
+        def run(tiles: slice) -> Tensor:
+            found = self.graphs["vae_encoder"](pictures=fine.cut(pictures, tiles))
+            return torch.from_numpy(found["latents"])
+
+        channels = settings["channels"]
+        return coarse.blend(run, torch.empty(1).expand(len(pictures), channels, *coarse.plane), 1)
 
     def _decode(self, latents: Tensor) -> Tensor:
         if self.settings["codec"] == "pixel":
             return F.pixel_shuffle(latents, self.settings["factor"])
-        return torch.from_numpy(self.graphs["vae_decoder"](latents=latents)["pictures"])
+        coarse, fine = self._codec_tiles(latents.shape[-2], latents.shape[-1])
+
+        def run(tiles: slice) -> Tensor:
+            found = self.graphs["vae_decoder"](latents=coarse.cut(latents, tiles))
+            return torch.from_numpy(found["pictures"])
+
+        return fine.blend(run, torch.empty(1).expand(len(latents), 3, *fine.plane), 1)
+
+    def _codec_tiles(self, height: int, width: int) -> tuple[Tiling, Tiling]:
+        """Tiles of a plane of latents, and of the pixels that they stand for."""
+        side = self.settings["codec_side"] * self.settings["patch_size"]
+        return codec_tiles((height, width), side, self.settings["factor"])
 
     def _tiling(self, plane: tuple[int, int], tile: int, overlap: int) -> Tiling:
         settings = self.settings
@@ -270,9 +230,28 @@ def euler_sigmas(scheduler: dict[str, float], steps: int) -> np.ndarray:
     return np.append(sigmas, 0).astype(np.float32)
 
 
-def _finish(restored: Tensor, damaged: Tensor, strength: float, fix: str) -> np.ndarray:
+def _noise(shape: torch.Size, generator: Generators) -> Tensor:
+    """From one generator, or one for each picture, where they live: diffusers' `randn_tensor`."""
+    each = [*generator] if isinstance(generator, Sequence) else [generator]
+    if len(each) not in (1, shape[0]):
+        raise ValueError(
+            f"generator: expected one, or {shape[0]} for as many pictures, got {len(each)}"
+        )
+    size = (shape[0] // len(each), *shape[1:])
+    parts = [torch.randn(size, generator=g, device=g.device if g else "cpu") for g in each]
+    return torch.cat(parts).cpu()
+
+
+def _finish(
+    restored: Tensor, damaged: Tensor, strength: float, fix: str, output_type: str
+) -> Tensor | np.ndarray | list[Image.Image]:
     if not torch.isfinite(restored).all():
         raise ValueError("the result is not finite; export with --precision fp32")
     restored = color_fix(fix, restored, damaged)
     restored = torch.lerp(damaged, restored, strength).clamp(0, 1)
-    return restored.movedim(1, -1).contiguous().numpy()
+    if output_type == "pt":
+        return restored
+    images = restored.movedim(1, -1).contiguous().numpy()
+    if output_type == "np":
+        return images
+    return [Image.fromarray((picture * 255).round().astype(np.uint8)) for picture in images]

@@ -41,9 +41,7 @@ class Session:
         rewritten: bool = True,
     ) -> None:
         ort = library("onnxruntime")
-        name = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(device)
-        if name not in ort.get_available_providers():
-            raise ExportError(f"device: this onnxruntime has no provider for {device!r}")
+        name = _provider(device)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         # Notices about graph rewriting are not for users.
@@ -154,6 +152,48 @@ class EngineSession:
 
 
 AnySession = Session | EngineSession
+
+
+def require_precision(precision: str, device: str, opset: int) -> None:
+    """ExportError unless ONNX Runtime has plain products and convolutions of a precision.
+
+    For CPUs it has them in float32 and float16 alone, and a graph of many nodes would fail late.
+    """
+    onnx, ort = library("onnx"), library("onnxruntime")
+    kinds = {"fp32": "FLOAT", "fp16": "FLOAT16", "bf16": "BFLOAT16"}
+    kind, make = getattr(onnx.TensorProto, kinds[precision]), onnx.helper
+    nodes = [
+        make.make_node("MatMul", ["x", "x"], ["y"]),
+        make.make_node("Conv", ["y", "x"], ["z"]),
+    ]
+    values = [make.make_tensor_value_info(name, kind, [1, 1, 1, 1]) for name in ("x", "z")]
+    graph = make.make_graph(nodes, "probe", values[:1], values[1:])
+    # Of a format that every ONNX Runtime reads.
+    model = make.make_model(graph, opset_imports=[make.make_opsetid("", opset)], ir_version=8)
+    options = ort.SessionOptions()
+    # Its failure is reported below.
+    options.log_severity_level = 4
+    try:
+        ort.InferenceSession(model.SerializeToString(), options, providers=[_provider(device)])
+    except ExportError:
+        raise
+    except Exception as error:
+        raise ExportError(
+            f"precision: expected one that onnxruntime {ort.__version__} computes in on {device}, "
+            f"got {precision} ({first_line(error)})"
+        ) from error
+
+
+def _provider(device: str) -> str:
+    """ONNX Runtime's name of what runs graphs on a device."""
+    found = library("onnxruntime").get_available_providers()
+    name = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device]
+    if name not in found:
+        raise ExportError(
+            f"device: expected an onnxruntime with {name} for {device}, got one with "
+            f"{', '.join(found)}; onnxruntime-gpu has it"
+        )
+    return name
 
 
 class Messages:

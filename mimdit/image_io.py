@@ -8,7 +8,9 @@ import glob
 import io
 import os
 import secrets
+import shutil
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from mimdit.colour_space import SPACES, to_srgb
 from mimdit.deep_colour import deep_planes, encode_deep_png, encode_deep_tiff, xmp_chunk
 from mimdit.errors import first_line
-from mimdit.metadata import look, metadata_options, read_metadata
+from mimdit.metadata import look, metadata_options, read_metadata, turn
 
 WRITE_FORMATS = (
     {".png": "PNG", ".webp": "WEBP", ".bmp": "BMP"}
@@ -58,6 +60,7 @@ class Picture:
         xmp: an XMP packet with the orientation reset to upright, or None.
         dpi: dots per inch (across, down), or None.
         notes: what reading changed or left out, in words for a user.
+        iptc: IPTC records (captions, keywords, rights), or None.
     """
 
     rgb: np.ndarray
@@ -70,6 +73,7 @@ class Picture:
     xmp: bytes | None = None
     dpi: tuple[float, float] | None = None
     notes: tuple[str, ...] = ()
+    iptc: bytes | None = None
 
 
 def read_picture(path: str | Path) -> Picture:
@@ -83,17 +87,15 @@ def read_picture(path: str | Path) -> Picture:
         PictureError: no such file, not a picture, truncated, empty or too large.
     """
     path = Path(path)
-    if not path.exists():
+    # Other than those of Path, these do not raise for names too long or folders that are closed.
+    if not os.path.exists(path):
         raise PictureError(f"{path}: no such file; check the path")
-    if path.is_dir():
+    if os.path.isdir(path):
         raise PictureError(f"{path}: is a folder; give a picture file")
     try:
         if path.stat().st_size == 0:
             raise PictureError(f"{path}: the file is empty (0 bytes); copy or download it again")
-        # Pillow warns about odd metadata of pictures that it decodes well.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return _decode(path)
+        return _decode(path)
     except (PictureError, MemoryError):
         raise
     except Image.DecompressionBombError:
@@ -119,9 +121,9 @@ def write_picture(
 ) -> tuple[str, ...]:
     """Write a picture whole or not at all; the suffix of `path` picks the format.
 
-    Alpha goes to PNG, WebP and TIFF; profile, EXIF and XMP to everything but BMP; resolution to
-    everything but WebP; 16 bits to PNG and TIFF. A colour profile that does not fit the written
-    channels is left out.
+    Alpha goes to PNG, WebP and TIFF; profile, EXIF and XMP to everything but BMP; IPTC to JPEG and
+    TIFF; resolution to everything but WebP; 16 bits to PNG and TIFF. A colour profile that does not
+    fit the written channels is left out.
 
     Args:
         path: file to write or replace.
@@ -173,7 +175,7 @@ def write_picture(
         if icc[16:20] != space:
             icc, notes = None, [*notes, "the colour profile is of other channels and was left out"]
     try:
-        options, lost = metadata_options(kind, like.exif, like.xmp, like.dpi)
+        options, lost = metadata_options(kind, like.exif, like.xmp, like.dpi, like.iptc)
         write_bytes(path, _encode(pixels, kind, icc, options, quality))
     except (OSError, ValueError, RuntimeError) as error:
         raise PictureError(f"{path}: cannot be written ({_reason(error)})") from error
@@ -202,13 +204,18 @@ def check_target(path: str | Path, height: int, width: int) -> str:
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace the file at `path` in one step, so that a reader never sees half of it.
 
-    Raises OSError from the file system; `path` is then as it was.
+    What is replaced leaves its rights. Raises OSError; `path` is then as it was.
     """
     # In the same folder, because os.replace does not cross file systems.
     part = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
         with open(part, "xb") as file:
             file.write(data)
+            # Else a name may be on the disk before its bytes, when the power fails.
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(OSError):
+            shutil.copymode(path, part)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -221,10 +228,10 @@ def find_pictures(pattern: str | Path) -> list[Path]:
     hidden files do not. Raises PictureError where nothing is found.
     """
     path = Path(pattern)
-    if path.is_dir():
+    if os.path.isdir(path):
         found = list(path.iterdir())
         missing = f"{path}: no pictures in this folder; give one that holds .png, .jpg or .webp"
-    elif path.exists():
+    elif os.path.exists(path):
         return [path]
     elif glob.has_magic(str(pattern)):
         found = [Path(name) for name in glob.glob(str(pattern), recursive=True)]
@@ -254,7 +261,9 @@ def _decode(path: Path) -> Picture:
     # With `formats` given, Pillow neither loads its rarer readers nor passes over absent ones.
     Image.init()
     formats = [name for name in _OPEN_FORMATS if name in Image.OPEN]
-    with Image.open(path, formats=formats) as image:
+    # Pillow warns about odd metadata of pictures that it decodes well.
+    listen = warnings.catch_warnings(record=True, action="always")
+    with listen as caught, Image.open(path, formats=formats) as image:
         if 0 in image.size:
             raise PictureError(f"{path}: has no pixels; copy or download it again")
         form, notes = image.format or "", []
@@ -268,11 +277,12 @@ def _decode(path: Path) -> Picture:
             planes = _planes(path, image)
             bits = 16 if image.mode[0] in "IF" else 8
         # Only now: a PNG may hold its EXIF behind the pixels, and a TIFF is turned when decoded.
-        known = read_metadata(image, opened)
+        known = read_metadata(image, opened, caught)
         icc = image.info.get("icc_profile") or icc if image.mode not in SPACES else icc
+    notes += known.notes
     if known.frames > 1:
         notes.append(f"holds {known.frames} pictures (frames or pages); only the first is restored")
-    upright = np.ascontiguousarray(_turn(planes, known.orientation), dtype=np.float32)
+    upright = np.ascontiguousarray(turn(planes, known.orientation), dtype=np.float32)
     channels = upright.shape[2]
     alpha = upright[..., -1].copy() if channels in (2, 4) else None
     gray = channels < 3
@@ -280,7 +290,7 @@ def _decode(path: Path) -> Picture:
     # A view of the colours would keep alpha a second time.
     rgb = rgb[..., :3].copy() if rgb.shape[2] > 3 else rgb
     return Picture(
-        rgb, alpha, bits, icc, known.exif, gray, form, known.xmp, known.dpi, tuple(notes)
+        rgb, alpha, bits, icc, known.exif, gray, form, known.xmp, known.dpi, (*notes,), known.iptc
     )
 
 
@@ -302,15 +312,6 @@ def _planes(path: Path, image: Image.Image) -> np.ndarray:
     values = np.asarray(image.convert(mode)).astype(np.float32)
     values /= 255
     return values.reshape(*values.shape[:2], -1)
-
-
-def _turn(planes: np.ndarray, orientation: int) -> np.ndarray:
-    """Turn [H, W, C] upright; the cases are the values of EXIF tag 0x0112."""
-    if orientation in (5, 7):
-        planes = planes.swapaxes(0, 1)
-    if orientation in (2, 4):
-        planes = planes[:, ::-1]
-    return np.rot90(planes, {3: 2, 4: 2, 6: -1, 7: 2, 8: 1}.get(orientation, 0))
 
 
 def _quantised(planes: np.ndarray, top: int, dtype: Any) -> np.ndarray:

@@ -61,6 +61,7 @@ class MiMDiTPipeline(
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->transformer->vae"
     _optional_components: ClassVar[list[str]] = list(TEXT_COMPONENTS)
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
     transformer: MiMDiTTransformer2DModel
     vae: PixelCodec | AutoencoderKL
     scheduler: FlowMatchEulerDiscreteScheduler
@@ -146,8 +147,8 @@ class MiMDiTPipeline(
         """Restore one picture or a batch of equal size.
 
         Args:
-            image: PIL, numpy [H,W,3] or [B,H,W,3], torch [3,H,W] or [B,3,H,W] (in [0,1]; integer
-                numpy in [0,255] or [0,65535]), or a list of pictures.
+            image: PIL, numpy [H,W,3] or [B,H,W,3] (floats in [0,1], uint8 or uint16), torch [3,H,W]
+                or [B,3,H,W] in [0,1], or a list of pictures.
             num_inference_steps, shifts: by default what the model recommends; shifts is 1 where
                 only the steps are named.
             shifts: 1, 2 or 4 grids of patches, shifted by parts of one. The picture is restored on
@@ -166,6 +167,8 @@ class MiMDiTPipeline(
             experts: weights of groups by name, such as {"spatial": 0.5}, instead of the router's;
                 the others are scaled so that the sum stays 1.
             output_type: "pil", "np" [B,H,W,3], "pt" [B,3,H,W] or "latent".
+            callback_on_step_end, callback_on_step_end_tensor_inputs: as in diffusers; there are
+                "latents", those of the grid at work.
             progress: called after every forward pass with the passes done and all of them; what it
                 raises ends the call. The passes are more where memory runs out.
 
@@ -178,6 +181,11 @@ class MiMDiTPipeline(
             steps, shifts, strength, color_fix, tile, tile_overlap, tile_batch, routing, output_type
         )
         check_experts(self.transformer.mim.groups, experts or {})
+        # Callbacks of diffusers' classes name what they read themselves.
+        named = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
+        for name in set(named) - set(self._callback_tensor_inputs):
+            known = ", ".join(self._callback_tensor_inputs)
+            raise ValueError(f"callback_on_step_end_tensor_inputs: expected {known}, got {name!r}")
         damaged = to_tensor(image)
         height, width = damaged.shape[-2:]
         texts = (prompt, negative_prompt)
@@ -192,8 +200,7 @@ class MiMDiTPipeline(
             def step_end(i: int, t: Tensor, latents: Tensor) -> Tensor:
                 if callback_on_step_end is None:
                     return latents
-                named = {"latents": latents}
-                state = {k: named[k] for k in callback_on_step_end_tensor_inputs}
+                state = dict.fromkeys(named, latents)
                 return callback_on_step_end(self, i, t, state).pop("latents", latents)
 
             places = grid_places(shifts, self._patch())

@@ -146,7 +146,9 @@ def pick_device(wanted: str) -> str:
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if wanted == "auto":
         return "cuda" if cuda else "mps" if mps else "cpu"
-    if (wanted.startswith("cuda") and not cuda) or (wanted == "mps" and not mps):
+    numbers = range(torch.cuda.device_count() if cuda else 0)
+    here = ["cpu", *["mps"] * mps, *["cuda"] * cuda, *(f"cuda:{i}" for i in numbers)]
+    if wanted not in here:
         raise ValueError(f"device {wanted} is not available here; use auto or cpu")
     return wanted
 
@@ -173,6 +175,8 @@ def _check_output(path: Path, source: Tensor, overwrite: bool) -> None:
     if len(source) != 1:
         raise ValueError(f"output: expected one picture, got a batch of {len(source)}")
     check_target(path, *source.shape[-2:])
+    if not os.path.isdir(path.parent):
+        raise PictureError(f"{path.parent}: no such file or folder; check the path")
     if os.path.lexists(path) and not overwrite:
         raise PictureError(f"{path}: exists; pass overwrite=True to replace it")
 

@@ -8,15 +8,12 @@ from torch import Tensor
 
 from mimdit.codec import Codec, PixelCodec, codec_factor, decode, encode
 from mimdit.memory import shrinking
-from mimdit.tiling import Tiling, plan_tiles
+from mimdit.tiling import Tiling, codec_tiles
 
 # Pixels along the smallest tile that is tried.
 LEAST_CODEC_TILE = 128
 # Rows of a picture that the pixel codec takes at once.
 _ROWS = 512
-# Parts of a tile that neighbours share. A tile's mid-block attention and group norms see that tile
-# alone, so tiles differ a little in tone; a wide overlap makes the change smooth.
-_SHARED = 4
 
 
 def codec_tile(codec: Codec) -> int:
@@ -107,5 +104,4 @@ def _tilings(codec: AutoencoderKL, size: tuple[int, int], tile: int) -> tuple[Ti
     factor = codec_factor(codec)
     side = max(tile // factor, 1)
     plane = (size[0] // factor, size[1] // factor)
-    latents = plan_tiles(plane, side, side // _SHARED, 1)
-    return latents, latents.scaled(factor)
+    return codec_tiles(plane, side, factor)

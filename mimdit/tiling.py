@@ -105,6 +105,17 @@ def plan_tiles(plane: tuple[int, int], tile: int, overlap: int, multiple: int) -
     return Tiling(plane, (min(tile, plane[0]), min(tile, plane[1])), corners)
 
 
+# Parts of a codec's tile that neighbours share. Its mid-block attention and group norms see that
+# tile alone, so tiles differ a little in tone; a wide overlap makes the change smooth.
+_SHARED = 4
+
+
+def codec_tiles(plane: tuple[int, int], side: int, factor: int) -> tuple[Tiling, Tiling]:
+    """Tiles of `side` latents that a codec takes one by one, and of the pixels they stand for."""
+    latents = plan_tiles(plane, side, side // _SHARED, 1)
+    return latents, latents.scaled(factor)
+
+
 def _starts(length: int, tile: int, overlap: int, multiple: int) -> list[int]:
     free = length - tile
     if free == 0:

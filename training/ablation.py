@@ -71,6 +71,21 @@ def run_variant(base: str, name: str, out: Path, given: dict[str, Any]) -> Resul
     return result
 
 
+def _claim(out: Path, asked: dict[str, Any]) -> None:
+    """Note what a folder's runs are; ValueError where it has those of other settings."""
+    place = out / "asked.json"
+    before = json.loads(place.read_text()) if place.is_file() else asked
+    other = [name for name in asked if before.get(name) != asked[name]]
+    if other:
+        expected, got = (", ".join(f"{n} {x.get(n)}" for n in other) for x in (before, asked))
+        raise ValueError(
+            f"{out} has runs of other settings: expected {expected}, got {got}; "
+            "use another --output"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoints.replace_text(place, json.dumps(asked, indent=1))
+
+
 def table(title: str, results: dict[str, Result]) -> str:
     """Markdown: mean PSNR and SSIM over damages, by damage PSNR, beside the paper's figures."""
     rows = [row for row in TABLES[title] if row[1] in results]
@@ -106,6 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     results: dict[str, Result] = {}
     try:
+        _claim(args.output, given | {"base": args.base})
         for name in args.variants:
             results[name] = run_variant(args.base, name, args.output, given)
     except (ValueError, OSError) as error:
@@ -123,7 +139,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         "figures are of SD3.5-medium on FoundIR."
     )
     print(f"{text}\n\n{notes}")
-    args.output.mkdir(parents=True, exist_ok=True)
     checkpoints.replace_text(args.output / "tables.md", f"{text}\n\n{notes}\n")
     return 0
 

@@ -4,7 +4,8 @@ How many processes and workers share the work, and where a run was interrupted, 
 """
 
 import signal
-from collections.abc import Generator, Sequence, Sized
+from collections.abc import Generator, Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from training.datasets.crops import training_set
 from training.schedule import Schedule
 
 # What a number is drawn for; each purpose has a stream of its own.
-_PAIR, _NOISE, _PLACE, _ORDER = range(4)
+_PAIR, _NOISE, _PLACE, _ORDER, _CUTS = range(5)
+# Tokens along the smallest tile that crops are cut into.
+_TILE = 16
 Pair = dict[str, Any]
 
 
@@ -74,6 +77,11 @@ def pairs(settings: Settings, crop: int) -> Dataset[Pair]:
     Raises ValueError where the data set cannot be read, or has a name but no place.
     """
     if settings.dataset is None:
+        if settings.types:
+            raise ValueError(
+                "--types: expected --dataset beside it (clean: your own pictures, damaged on the "
+                f"fly), got none for {', '.join(settings.types)}"
+            )
         return DrawnPairs(crop, settings.seed, settings.mixtures, settings.data)
     if settings.data is None:
         raise ValueError(f"--data: expected the folder of data set {settings.dataset}, got none")
@@ -93,13 +101,7 @@ def batches(
 ) -> Generator[Pair]:
     """Batches of one process of the steps with the crop of `step`, from it to the end of its
     stage, pass by pass."""
-    crop = schedule.at(step).crop
-    keys = [
-        schedule.pictures(at, i, rank)
-        for at in range(step, schedule.end_of_stage(step))
-        if schedule.at(at).crop == crop
-        for i in range(schedule.at(at).passes)
-    ]
+    keys = _Numbers(schedule, step, rank)
     loader = DataLoader(
         source,
         batch_sampler=keys,
@@ -107,8 +109,44 @@ def batches(
         worker_init_fn=_leave_signals_to_parent if workers else None,
         pin_memory=torch.cuda.is_available(),
     )
-    for batch, numbers in zip(loader, keys, strict=True):
+    for batch, numbers in zip(plainly(loader), keys, strict=True):
         yield batch | {"numbers": numbers}
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """Pictures' numbers pass by pass, made when asked for: a long run has millions of them."""
+
+    schedule: Schedule
+    step: int
+    rank: int
+
+    def __iter__(self) -> Iterator[list[int]]:
+        crop = self.schedule.at(self.step).crop
+        for at in range(self.step, self.schedule.end_of_stage(self.step)):
+            if self.schedule.at(at).crop == crop:
+                for i in range(self.schedule.at(at).passes):
+                    yield self.schedule.pictures(at, i, self.rank)
+
+
+def plainly(loader: Iterable[Pair]) -> Iterator[Pair]:
+    """What a loader gives; an error of a worker is raised as its own sentence, without the trace
+    that torch puts before it. However it ends, the workers are gone then."""
+    stream = iter(loader)
+    try:
+        yield from stream
+    except (ValueError, OSError) as error:
+        said = str(error).strip().splitlines()
+        if len(said) < 2 or "in DataLoader worker process" not in said[0]:
+            raise
+        # The last line of a trace: the error's class, and what it says.
+        raise ValueError(said[-1].partition(": ")[2] or said[-1]) from error
+    finally:
+        # The trace of an error keeps the iterator, and it the workers: an interpreter that ends
+        # would wait for them for ever, since they ignore its signal.
+        shut_down = getattr(stream, "_shutdown_workers", None)
+        if shut_down is not None:
+            shut_down()
 
 
 def _leave_signals_to_parent(worker: int) -> None:
@@ -141,6 +179,15 @@ def draw_place(step: int, grid: Sequence[int], table: int, settings: Settings) -
     rng = np.random.default_rng([settings.seed, _PLACE, step])
     top, left = (int(rng.integers(table - n + 1)) for n in grid)
     return top, left
+
+
+def draw_cuts(step: int, grid: Sequence[int], settings: Settings) -> int:
+    """Into how many tiles each side of a step's crops is cut; 1 where they stay whole."""
+    rng = np.random.default_rng([settings.seed, _CUTS, step])
+    fitting = [n for n in (2, 3) if all(side % n == 0 and side // n >= _TILE for side in grid)]
+    if not fitting or rng.random() >= settings.tiled:
+        return 1
+    return int(rng.choice(fitting))
 
 
 def _seed(*parts: int) -> int:

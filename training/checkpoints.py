@@ -7,11 +7,12 @@ is the same for one process, several, and sharded ones:
     model.safetensors      trained parameters, and the routers' running means
     ema.safetensors        averages of the trained parameters
     optimizer.bin, optimizer_1.bin …    `state_dict` of each optimiser
-    state.json             the step, and the settings of the run
+    state.json             the step, the number of processes, and the settings of the run
 """
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -20,10 +21,12 @@ from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
+from mimdit.errors import first_line
 from mimdit.transformer import MiMDiTTransformer2DModel
 from training.config import Settings
 from training.parallel import Team, like, whole
@@ -33,7 +36,7 @@ _MODEL, _EMA, _STATE = "model.safetensors", "ema.safetensors", "state.json"
 
 def found(out: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    folders = [p for p in out.glob("checkpoint-*") if p.name.split("-")[1].isdecimal()]
+    folders = [p for p in out.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
     return sorted(folders, key=step_of)
 
 
@@ -43,11 +46,13 @@ def step_of(folder: Path) -> int:
 
 
 def locate(out: Path, resume: str) -> Path:
-    """The folder meant by a path, or by "latest" of a run; ValueError where there is none."""
+    """The folder meant by a path, by a name in a run's folder, or by "latest" of a run; ValueError
+    where there is none."""
     if resume != "latest":
-        if not (Path(resume) / _STATE).is_file():
-            raise ValueError(f"resume: expected a checkpoint-N folder, got {resume}")
-        return Path(resume)
+        for folder in (Path(resume), out / resume):
+            if (folder / _STATE).is_file():
+                return folder
+        raise ValueError(f"resume: expected a checkpoint-N folder, got {resume}")
     folders = found(out)
     if not folders:
         raise ValueError(f"resume: expected a checkpoint-N folder in {out}, found none")
@@ -72,9 +77,10 @@ class Checkpoint:
     def save(self, out: Path, step: int) -> None:
         """Write `checkpoint-step`, and drop the oldest beyond `keep_checkpoints`."""
         shadows = dict(zip(self.trained, self.ema.shadow_params, strict=True))
-        model, average = (_gathered(part) for part in (self.trained | self.buffers, shadows))
-        states = [_gathered(optimizer.state_dict()) for optimizer in self.optimisers]
-        if self.team.main:
+        main = self.team.main
+        model, average = (_gathered(part, main) for part in (self.trained | self.buffers, shadows))
+        states = [_gathered(optimizer.state_dict(), main) for optimizer in self.optimisers]
+        if main:
             folder = out / f"checkpoint-{step}"
             unfinished = out / f".unfinished-{step}"
             clear(out)
@@ -83,15 +89,10 @@ class Checkpoint:
             save_file(average, unfinished / _EMA)
             for i, state in enumerate(states):
                 torch.save(state, unfinished / _optimizer_name(i))
-            content = {"step": step, "settings": asdict(self.settings)}
+            content = {"step": step, "processes": self.team.processes}
+            content |= {"settings": asdict(self.settings)}
             (unfinished / _STATE).write_text(json.dumps(content, indent=1))
-            for file in unfinished.iterdir():
-                sync(file)
-            sync(unfinished)
-            if folder.exists():
-                _drop(folder)
-            unfinished.rename(folder)
-            sync(out)
+            move(unfinished, folder)
             for old in found(out)[: -self.settings.keep_checkpoints or None]:
                 # With keep_checkpoints = 0 all stay; never the one just written.
                 if self.settings.keep_checkpoints and old != folder:
@@ -100,8 +101,15 @@ class Checkpoint:
 
     @torch.no_grad()
     def load(self, folder: Path) -> int:
-        """Take over a checkpoint; returns its step. ValueError where it is of another model."""
-        model, average = (load_file(folder / name) for name in (_MODEL, _EMA))
+        """Take over a checkpoint; returns its step. ValueError where it is of another model, or
+        broken.
+
+        Learning rates and the like are the settings', which may have changed since.
+        """
+        try:
+            model, average = (load_file(folder / name) for name in (_MODEL, _EMA))
+        except SafetensorError as error:
+            raise ValueError(f"resume: {folder} is broken: {first_line(error)}") from error
         self._copy(self.trained | self.buffers, model, folder)
         self._copy(dict(zip(self.trained, self.ema.shadow_params, strict=True)), average, folder)
         step = json.loads((folder / _STATE).read_text())["step"]
@@ -118,7 +126,12 @@ class Checkpoint:
                     # Steps are scalars, and Adam counts them on the CPU.
                     if isinstance(value, Tensor) and value.ndim:
                         values[name] = like(value, parameters[number])
+            own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
             optimizer.load_state_dict(state)
+            for group, values in zip(optimizer.param_groups, own, strict=True):
+                # The rate that `set_rates` starts from is again that of the settings.
+                group.pop("initial_lr", None)
+                group.update(values)
         return step
 
     @staticmethod
@@ -134,15 +147,33 @@ class Checkpoint:
             tensor.copy_(like(stored[name], tensor))
 
 
-def changes(folder: Path, settings: Settings) -> list[str]:
-    """Settings that differ from those a checkpoint was written with, as "name: before → now"."""
-    before = json.loads((folder / _STATE).read_text())["settings"]
+def changes(folder: Path, settings: Settings, processes: int) -> list[str]:
+    """Settings that differ from those a checkpoint was written with, as "name: before → now", and
+    the number of processes where steps have other pictures with it."""
+    state = json.loads((folder / _STATE).read_text())
+    before = state["settings"]
     now = json.loads(json.dumps(asdict(settings)))
+    if not settings.total_batch and "processes" in state:
+        before = before | {"processes": state["processes"]}
+        now["processes"] = processes
     return [
         f"{name}: {before[name]} → {value}"
         for name, value in now.items()
         if name in before and before[name] != value
     ]
+
+
+def set_aside_later(out: Path, step: int) -> list[Path]:
+    """Rename the checkpoints of a run that are later than the step it goes on from: they are of
+    another future, and "latest" must not find them. Returns their new places."""
+    moved = []
+    for later in found(out):
+        if step_of(later) > step:
+            aside = out / f"left-{later.name}"
+            if aside.exists():
+                _drop(aside)
+            moved.append(later.rename(aside))
+    return moved
 
 
 def clear(out: Path) -> None:
@@ -169,6 +200,17 @@ def replace_text(path: Path, text: str) -> None:
     unfinished.replace(path)
 
 
+def move(unfinished: Path, folder: Path) -> None:
+    """Give a folder whose files are on the disk its name, in place of one that has it."""
+    for file in unfinished.rglob("*"):
+        sync(file)
+    sync(unfinished)
+    if folder.exists():
+        _drop(folder)
+    unfinished.rename(folder)
+    sync(folder.parent)
+
+
 def _drop(folder: Path) -> None:
     moved = folder.with_name(f".dropped-{folder.name}")
     folder.rename(moved)
@@ -179,10 +221,12 @@ def _optimizer_name(i: int) -> str:
     return f"optimizer_{i}.bin" if i else "optimizer.bin"
 
 
-def _gathered(tree: Any) -> Any:
-    """Tensors in nested dictionaries as whole, contiguous ones on the CPU."""
+def _gathered(tree: Any, keep: bool) -> Any:
+    """Tensors in nested dictionaries as whole, contiguous ones on the CPU; all processes must help
+    to gather sharded ones, only those that `keep` them get memory for them."""
     if isinstance(tree, Tensor):
-        return whole(tree).cpu().contiguous()
+        full = whole(tree)
+        return full.cpu().contiguous() if keep else None
     if isinstance(tree, dict):
-        return {key: _gathered(value) for key, value in tree.items()}
+        return {key: _gathered(value, keep) for key, value in tree.items()}
     return tree

@@ -24,9 +24,9 @@ class Settings:
     A pass is one process's forward and backward; a step is `accumulation` of them in every process,
     or as many as make `total_batch` pictures where that is given (0: it is not).
 
-    data: a folder; dataset: its layout (`training.datasets.layouts`), None: clean pictures that
-    join the built-in ones; types: damages to take of it. latents: folder of a cache of
-    `latents_pairs` pairs.
+    clip: the norm that gradients are clipped to (0: they are not). data: a folder; dataset: its
+    layout (`training.datasets.layouts`), None: clean pictures that join the built-in ones; types:
+    damages to take of it. latents: folder of a cache of `latents_pairs` pairs.
     """
 
     output: str = "runs/tiny"
@@ -43,6 +43,7 @@ class Settings:
     pure_noise: float = 0.8
     balance: float = 0.0
     mixtures: float = 0.25
+    tiled: float = 0.0
     accumulation: int = 1
     checkpointing_steps: int = 250
     keep_checkpoints: int = 2
@@ -77,8 +78,11 @@ class Settings:
                 expected = ", ".join(allowed)
                 raise ValueError(f"{name}: expected one of {expected}, got {getattr(self, name)!r}")
         for name, least in _LEAST.items():
-            if getattr(self, name) < least:
+            if not getattr(self, name) >= least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        for name in _SHARES:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected 0 to 1, got {getattr(self, name)}")
 
 
 _ALLOWED = {
@@ -98,13 +102,25 @@ _LEAST = {
     "total_batch": 0,
     "workers": 0,
     "validation_steps": 0,
+    "validation_size": 1,
+    "learning_rate": 0,
+    "matrix_learning_rate": 0,
+    "weight_decay": 0,
+    "clip": 0,
+    "balance": 0,
+    "t_std": 0,
 }
+_SHARES = ("ema", "mixtures", "tiled", "pure_noise")
 
 
 @dataclass(frozen=True)
 class Model:
-    """What to train: a folder of `mimdit-init` or of a run, a new one on an SD3.5 backbone, or a
-    preset of `mimdit.presets` with fresh weights; `options` replace single settings of new ones.
+    """What to train: `init` (a shipped model, a folder of `mimdit-init` or of a run), a new one on
+    an SD3.5 backbone, or a preset of `mimdit.presets` with fresh weights; `options` replace single
+    settings of new ones.
+
+    inference_steps, inference_shifts: what the trained model recommends; None: as the one that it
+    starts from, and of presets one step with four grids.
     """
 
     preset: str = "tiny"
@@ -112,8 +128,14 @@ class Model:
     backbone: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     gradient_checkpointing: bool = False
-    inference_steps: int = 1
-    inference_shifts: int = 4
+    inference_steps: int | None = None
+    inference_shifts: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.inference_steps is not None and self.inference_steps < 1:
+            raise ValueError(f"inference_steps: expected at least 1, got {self.inference_steps}")
+        if self.inference_shifts not in (None, 1, 2, 4):
+            raise ValueError(f"inference_shifts: expected 1, 2 or 4, got {self.inference_shifts}")
 
 
 # Keys are the flags' names, with underscores. Not stated by the paper: learning rate (DiT4SR's),

@@ -50,6 +50,13 @@ RUN = (
     ),
     Flag("types", "types", str, "damages to take of the data set, such as 05Noise", many=True),
     Flag("mixtures", "mixtures", float, "share of mixtures among drawn damages"),
+    Flag(
+        "tiled",
+        "tiled",
+        float,
+        "share of the steps that see larger crops as tiles with one routing, as large pictures are "
+        "restored",
+    ),
     Flag("max-train-steps", "steps", int, "steps of the optimiser"),
     Flag("gradient-accumulation-steps", "accumulation", int, "passes a step"),
     Flag(
@@ -65,7 +72,7 @@ RUN = (
     Flag("lr-scheduler", "schedule", str, "after the warm-up", SCHEDULES),
     Flag("lr-warmup-steps", "warmup", int, "steps of linear warm-up"),
     Flag("weight-decay", "weight_decay", float, "decoupled; of adam added to the gradient"),
-    Flag("max-grad-norm", "clip", float, "gradients are clipped to this norm"),
+    Flag("max-grad-norm", "clip", float, "gradients are clipped to this norm; 0: not"),
     Flag("ema-decay", "ema", float, "of the averaged weights, which are what is saved"),
     Flag("time-mean", "t_mean", float, "of the logit-normal times"),
     Flag("time-std", "t_std", float, "of the logit-normal times"),
@@ -92,7 +99,7 @@ RUN = (
 )
 MODEL = (
     Flag("model", "preset", str, "size of a new model", tuple(MODELS)),
-    Flag("init", "init", str, "a model folder to start from, such as mimdit-init's"),
+    Flag("init", "init", str, "a model to start from: tiny, or a folder such as mimdit-init's"),
     Flag("backbone", "backbone", str, "an SD3.5 folder or file to start a new model on"),
     Flag("gradient-checkpointing", "gradient_checkpointing", bool, "less memory, more time"),
     Flag("inference-steps", "inference_steps", int, "what the model recommends"),

@@ -7,7 +7,10 @@ interrupted goes on where it was.
 
 import hashlib
 import json
+import secrets
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from mimdit.codec import Codec, encode
-from training.batches import Pair
+from training.batches import Pair, plainly
 from training.checkpoints import replace_text, sync
 from training.config import Settings
 from training.parallel import Team
@@ -29,6 +32,8 @@ from training.parallel import Team
 # Pairs of one file; at 512×512 pixels and SD3.5's VAE 134 MB in float32.
 SHARD = 256
 _FORMAT = 1
+# Seconds after which an unfinished file is nobody's.
+_ABANDONED = 3600
 
 
 @dataclass(frozen=True)
@@ -72,10 +77,13 @@ def weights_digest(codec: Codec) -> str:
 
 
 def data_identity(settings: Settings) -> list[str]:
-    """The path of the data, and a digest of its files' names and sizes."""
+    """The path of the data, and a digest of its files' names and sizes, or of a list's text."""
     if settings.data is None:
         return ["built-in"]
     found, root = hashlib.sha256(), Path(settings.data).resolve()
+    # A list of pairs, or the folder of them.
+    if root.is_file():
+        found.update(root.read_bytes())
     for path in sorted(p for p in root.rglob("*") if p.is_file()):
         found.update(f"{path.relative_to(root).as_posix()} {path.stat().st_size}\n".encode())
     return [str(root), found.hexdigest()[:16]]
@@ -124,7 +132,10 @@ def cache_latents(
     if team.main:
         replace_text(folder / "key.json", json.dumps(key.values, indent=1))
         for left in folder.glob(".*.unfinished"):
-            left.unlink()
+            # Newer ones may be of another run that builds the same cache now.
+            with suppress(FileNotFoundError):
+                if time.time() - left.stat().st_mtime > _ABANDONED:
+                    left.unlink()
     team.wait()
     count = -(-settings.latents_pairs // SHARD)
     mine = [i for i in range(count) if i % team.processes == team.rank]
@@ -139,7 +150,7 @@ def cache_latents(
             name: torch.stack([row[name] for row in rows]).contiguous() for name in ("x0", "z_lq")
         }
         labels = json.dumps([[row["kinds"], row["name"]] for row in rows])
-        unfinished = folder / f".{i}.unfinished"
+        unfinished = folder / f".{i}-{secrets.token_hex(4)}.unfinished"
         save_file(tensors, unfinished, metadata={"labels": labels})
         sync(unfinished)
         unfinished.replace(_shard(folder, i))
@@ -153,7 +164,7 @@ def _encoded(
 ) -> Iterator[Pair]:
     # A list of indices is a sampler; one picture a batch, so that none depends on its neighbours.
     loader = DataLoader(source, batch_size=None, sampler=list(numbers), num_workers=workers)
-    for pair in loader:
+    for pair in plainly(loader):
         found = {"kinds": pair["kinds"], "name": pair["name"]}
         for name, picture in (("x0", "clean"), ("z_lq", "damaged")):
             found[name] = pictures_to_latents(codec, pair[picture][None], device)[0].cpu()

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from mimdit.codec import Codec
 from mimdit.transformer import MiMDiTTransformer2DModel
 from training import checkpoints
-from training.batches import Pair, batches, draw_noise, draw_place, pairs, sample_times
+from training.batches import Pair, batches, draw_cuts, draw_noise, draw_place, pairs, sample_times
 from training.config import Settings
 from training.interrupt import Stopped, StopRequests
 from training.latents import cache_latents, pictures_to_latents
@@ -58,6 +58,8 @@ def train(
     folder = _begin(out, settings, resume, team)
     run = _Run(model, codec, settings, team, schedule, source)
     step = run.state.load(folder) if folder else 0
+    for aside in checkpoints.set_aside_later(out, step) if team.main else ():
+        print(f"note: a later checkpoint, of another future, is now {aside}")
     if validator is not None and team.main:
         validator.begin(step)
     reports = Reports(out, settings, schedule, team, step, model.mim.top_k)
@@ -107,7 +109,7 @@ def _begin(out: Path, settings: Settings, resume: str | None, team: Team) -> Pat
         text = json.dumps(asdict(settings), indent=1)
         checkpoints.replace_text(out / "settings.json", text)
         if folder is not None:
-            for change in checkpoints.changes(folder, settings):
+            for change in checkpoints.changes(folder, settings, team.processes):
                 print(f"note: goes on with another setting, {change}")
     team.wait()
     # Nothing draws from the global generators; libraries that do find them seeded.
@@ -187,12 +189,15 @@ class _Run:
             t, noise = draw_noise(batch["numbers"], x0.shape[1:], self.settings)
             size = self.model.config["pos_embed_max_size"]
             place = draw_place(step, self.model.grid(x0), size, self.settings)
+            cuts = draw_cuts(step, self.model.grid(x0), self.settings)
             with self.team.accumulating(self.wrapped, last=i == passes - 1):
-                loss, inter, picks, mean = self.wrapped(x0, z_lq, t.to(x0), noise.to(x0), *place)
+                draws = (t.to(x0), noise.to(x0))
+                loss, inter, picks, mean = self.wrapped(x0, z_lq, *draws, *place, cuts)
                 (loss / passes).backward()
             centred.append(mean)
             reports.add(loss, batch["kinds"], inter, picks)
-        torch.nn.utils.clip_grad_norm_(self.trained, self.settings.clip)
+        if self.settings.clip:
+            torch.nn.utils.clip_grad_norm_(self.trained, self.settings.clip)
         follow_mean_(self.model, self.team.mean(torch.stack(centred).mean(0)))
         set_rates(self.optimisers, step, self.settings)
         for optimizer in self.optimisers:
@@ -205,7 +210,8 @@ class _Run:
         self.ema.store(self.trained)
         self.ema.copy_to(self.trained)
         if self.team.main or self.team.sharded:
-            found = validator(step, write=self.team.main)
+            with self.team.gathered(self.model):
+                found = validator(step, write=self.team.main)
             reports.validation(step, time.perf_counter() - began, *found)
         self.ema.restore(self.trained)
         self.wrapped.train()

@@ -5,7 +5,9 @@ share the gradients (DDP) or everything (FSDP2), on any device and backend.
 """
 
 import os
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +22,9 @@ from mimdit.transformer import MiMDiTTransformer2DModel
 from training.step import FlowStep
 
 T = TypeVar("T")
+# How long processes wait for each other: one alone validates, and writes checkpoints, which may be
+# large and go to a slow disk.
+_PATIENCE = timedelta(hours=2)
 
 
 class Team:
@@ -29,15 +34,18 @@ class Team:
         launched = "LOCAL_RANK" in os.environ
         asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
         # Accelerate takes a launch without a GPU for one process unless told.
-        state = PartialState(cpu=asked or (launched and not torch.cuda.is_available()))
+        cpu = asked or (launched and not torch.cuda.is_available())
+        state = PartialState(cpu=cpu, timeout=_PATIENCE)
         assert state.device is not None
         self.device: torch.device = state.device
         self.processes, self.rank = state.num_processes, state.process_index
         self.main = state.is_main_process
         self.sharded = sharded or _asked_for_fsdp()
         if self.sharded and not dist.is_initialized():
+            # With --cpu accelerate starts one, however many are asked for.
             raise ValueError(
-                "--fsdp: expected several processes (accelerate launch or torchrun), got one alone"
+                "--fsdp: expected several processes (accelerate launch --num_processes N without "
+                "--cpu, or torchrun --nproc-per-node N), got one alone"
             )
 
     def wrap(self, step: FlowStep) -> nn.Module:
@@ -64,6 +72,21 @@ class Team:
         if isinstance(wrapped, DistributedDataParallel) and not last:
             return wrapped.no_sync()
         return nullcontext()
+
+    @contextmanager
+    def gathered(self, model: MiMDiTTransformer2DModel) -> Iterator[None]:
+        """Inside, the parameters of a sharded model outside its blocks, which pipelines read before
+        they call it, are whole; they must not be changed meanwhile."""
+        if not self.sharded:
+            yield
+            return
+        # fully_shard made the model an FSDPModule.
+        module: Any = model
+        module.unshard()
+        try:
+            yield
+        finally:
+            module.reshard()
 
     def mean(self, tensor: Tensor) -> Tensor:
         """Mean over all processes; a new tensor without a gradient."""

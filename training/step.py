@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from mimdit import flow
@@ -14,16 +15,30 @@ _NEGLIGIBLE = 2e-3
 
 
 def flow_loss(
-    model: MiMDiTTransformer2DModel, x0: Tensor, z_lq: Tensor, t: Tensor, noise: Tensor
+    model: MiMDiTTransformer2DModel,
+    x0: Tensor,
+    z_lq: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    cuts: int = 1,
 ) -> tuple[Tensor, Routing]:
     """Velocity error, and the routing taken; x0, z_lq, noise [B,c,h,w], t [B].
+
+    cuts: parts that each side is cut into; the tiles share the routing of their picture, as those
+    of large pictures do.
 
     The error's weighted mean; for models that predict from the damaged latents the mean of its
     logarithm, which is the mean PSNR of what they predict: darkness and haze, with errors that are
     larger by far and can never be small, then do not drown noise and rain.
     """
+    routing = shared = None
+    if cuts > 1:
+        x0, z_lq, noise = (_tiles(latents, cuts) for latents in (x0, z_lq, noise))
+        pooled = model.pool_condition(z_lq).unflatten(1, (cuts**2, -1)).mean(1)
+        routing = model.mim.route(pooled)
+        shared, t = routing.repeat(cuts**2), t.repeat(cuts**2)
     x_t = flow.interpolate(x0, noise, t)
-    condition = model.encode_condition(z_lq)
+    condition = model.encode_condition(z_lq, shared)
     v = model(x_t, 1000 * t, condition).sample
     wide = torch.promote_types(v.dtype, torch.float32)
     error = (v.to(wide) - (noise - x0)).square().mean(dim=(1, 2, 3))
@@ -31,7 +46,12 @@ def flow_loss(
     error = flow.loss_weight(kind, t, model.config["damage_std"]) * error
     if flow.reads_damage(kind):
         error = (error + _NEGLIGIBLE).log()
-    return error.mean(), condition.routing
+    return error.mean(), condition.routing if routing is None else routing
+
+
+def _tiles(latents: Tensor, cuts: int) -> Tensor:
+    """[B,c,n·h,n·w] → [n²·B,c,h,w], tile by tile."""
+    return rearrange(latents, "b c (i h) (j w) -> (i j b) c h w", i=cuts, j=cuts)
 
 
 def picks_of(routing: Routing, experts: int) -> Tensor:
@@ -80,14 +100,24 @@ class FlowStep(nn.Module):
         return self
 
     def forward(
-        self, x0: Tensor, z_lq: Tensor, t: Tensor, noise: Tensor, top: int, left: int
+        self,
+        x0: Tensor,
+        z_lq: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        top: int,
+        left: int,
+        cuts: int = 1,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Loss, inter weights [L,B,G], picks [L,B,G,E], and the centred mean tokens [L,d]."""
+        """Loss, inter weights [L,B,G], picks [L,B,G,E], and the centred mean tokens [L,d].
+
+        top, left: of `draw_place`. cuts: of `flow_loss`.
+        """
         with (
             self.model.position_offset(top, left),
             torch.autocast(x0.device.type, torch.bfloat16, enabled=self.bf16),
         ):
-            loss, routing = flow_loss(self.model, x0, z_lq, t, noise)
+            loss, routing = flow_loss(self.model, x0, z_lq, t, noise, cuts)
             picks = picks_of(routing, self.model.mim.experts)
             if self.balance:
                 balance = balance_loss(self.model, routing.pooled, picks, self.over_all)

@@ -34,8 +34,7 @@ def start(model: Model, seed: int = 0) -> "MiMDiTPipeline":
     """The pipeline whose transformer is trained; ValueError where it cannot be made."""
     import torch
 
-    from mimdit.loading import assemble
-    from mimdit.pipeline import MiMDiTPipeline
+    from mimdit.loading import assemble, load_pipeline
     from mimdit.presets import build
     from mimdit.sd35 import from_sd35
     from training.warm_start import align_positions_
@@ -46,7 +45,10 @@ def start(model: Model, seed: int = 0) -> "MiMDiTPipeline":
         if model.backbone or options:
             named = "backbone" if model.backbone else sorted(options)[0].replace("_", "-")
             raise ValueError(f"--init: expected no --{named} beside it, {model.init} is a model")
-        pipe = MiMDiTPipeline.from_pretrained(model.init)
+        try:
+            pipe = load_pipeline(model.init)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"--init {model.init}: {first_line(error)}") from error
     elif model.backbone:
         pipe = from_sd35(model.backbone, seed=seed, **options)
     elif "sd35" in model.preset:
@@ -56,7 +58,9 @@ def start(model: Model, seed: int = 0) -> "MiMDiTPipeline":
         )
     else:
         fresh = align_positions_(build(model.preset, **options))
-        pipe = assemble(fresh, model.inference_steps, model.inference_shifts)
+        pipe = assemble(fresh, 1, 4)
+    wanted = {"default_steps": model.inference_steps, "default_shifts": model.inference_shifts}
+    pipe.register_to_config(**{name: n for name, n in wanted.items() if n is not None})
     if model.gradient_checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
     return pipe
@@ -84,7 +88,10 @@ def run(settings: Settings, model: Model, resume: str | None = None) -> None:
         to_storage_(trained)
         pipe.register_modules(transformer=trained)
         folder = Path(settings.output) / "model"
-        pipe.save_pretrained(folder)
+        # A folder of this name is always complete, as checkpoints are.
+        unfinished = folder.with_name(".unfinished-model")
+        pipe.save_pretrained(unfinished)
+        checkpoints.move(unfinished, folder)
         print(f"saved {folder}")
     team.wait()
     team.close()
@@ -98,6 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {first_line(error)}", file=sys.stderr)
         return 2
+    import torch
+
     from training.interrupt import Stopped
 
     try:
@@ -107,6 +116,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(stopped)
     except (ValueError, OSError) as error:
         print(f"error: {first_line(error)}", file=sys.stderr)
+        return 1
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        smaller = "a smaller --train-batch-size (--total-batch-size keeps the batch of a step)"
+        print(
+            f"error: out of memory; try {smaller}, --gradient-checkpointing, --freeze-backbone "
+            f"or --fsdp: {first_line(error)}",
+            file=sys.stderr,
+        )
         return 1
     return 0
 

@@ -1,4 +1,4 @@
-"""The arguments of `mimdit-restore` and the checks of their ranges."""
+"""The arguments of `mimdit-restore`, those that commands share, and the checks of their ranges."""
 
 import argparse
 import math
@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mimdit import __version__
 from mimdit.cli.places import is_url
@@ -16,28 +17,26 @@ _EPILOG = """examples:
   mimdit-restore -i "photos/*.png" -o restored/ -t 512 --device cuda --precision bf16 --resume
   mimdit-restore -i s3://bucket/photos -o s3://bucket/restored --ray
 
-exit code: 0 all pictures restored, 1 some failed (listed at the end), 2 wrong arguments
+exit code: 0 all pictures restored, 1 some failed (listed at the end), 2 wrong arguments, 130 Ctrl-C
 """
+# Of seeds, as torch takes them.
+_LARGEST = 2**63 - 1
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The arguments of `mimdit-restore`."""
-    parser = argparse.ArgumentParser(
-        prog="mimdit-restore",
-        description="Restore pictures: noise, blur, rain, haze, low light and mixtures of them.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = new_parser(
+        "mimdit-restore",
+        "Restore pictures: noise, blur, rain, haze, low light and mixtures of them.",
+        _EPILOG,
     )
-    parser.add_argument("--version", action="version", version=f"mimdit {__version__}")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
-
     files = parser.add_argument_group("pictures")
     add = files.add_argument
     add(
         "-i",
         "--input",
         nargs="+",
+        type=place,
         required=True,
         metavar="PATH",
         help="files, folders (with subfolders), quoted globs, or URLs that fsspec opens",
@@ -86,12 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     add = parser.add_argument_group("restoration").add_argument
-    add(
-        "--model",
-        default="tiny",
-        metavar="NAME",
-        help="shipped model, folder or hub id (default: tiny)",
-    )
+    add_model(add)
     add(
         "--steps",
         type=number(int, 1, 1000),
@@ -125,13 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="none",
         help="take the colours of the input (default: none)",
     )
-    add(
-        "--seed",
-        type=number(int, 0, 2**63 - 1),
-        default=0,
-        metavar="N",
-        help="start of the noise, the same for every picture (default: 0)",
-    )
+    add_seed(add, "start of the noise, the same for every picture")
     add(
         "--experts",
         type=experts,
@@ -146,18 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     add = parser.add_argument_group("device and memory").add_argument
-    add(
-        "--device",
-        type=device,
-        default="auto",
-        metavar="auto|cuda|cpu|mps",
-        help="where to run; cuda:1 is the second GPU (default: auto)",
-    )
-    add(
-        "--precision",
-        choices=("fp32", "bf16", "fp16"),
-        help="number type (default: fp32)",
-    )
+    add_device(add)
     add(
         "-t",
         "--tile",
@@ -212,6 +189,63 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def new_parser(prog: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    """A command's parser with what all have: --help, --version and --debug."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"mimdit {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
+    return parser
+
+
+def add_model(add: Callable[..., Any]) -> None:
+    """--model; add: `add_argument` of a parser or group."""
+    add(
+        "--model",
+        default="tiny",
+        metavar="NAME",
+        help="shipped model, folder or hub id (default: tiny)",
+    )
+
+
+def add_device(add: Callable[..., Any]) -> None:
+    """--device and --precision."""
+    add(
+        "--device",
+        type=device,
+        default="auto",
+        metavar="auto|cuda|cpu|mps",
+        help="where to run; cuda:1 is the second GPU (default: auto)",
+    )
+    add_precision(add)
+
+
+def add_precision(add: Callable[..., Any], default: str | None = None) -> None:
+    """--precision; without a default, programs take fp32."""
+    add(
+        "--precision",
+        choices=("fp32", "bf16", "fp16"),
+        default=default,
+        help=f"number type (default: {default or 'fp32'})",
+    )
+
+
+def add_seed(add: Callable[..., Any], what: str) -> None:
+    """--seed; what: it starts."""
+    add(
+        "--seed",
+        type=number(int, 0, _LARGEST),
+        default=0,
+        metavar="N",
+        help=f"{what} (default: 0)",
+    )
+
+
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
     """An argparse type: an int or a float from `low` to `high`."""
     limits = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
@@ -254,8 +288,16 @@ def experts(text: str) -> dict[str, float]:
     return weights
 
 
+def place(text: str) -> str:
+    """An argparse type: a path or URL; none at all would be the folder that one is in."""
+    if not text:
+        raise argparse.ArgumentTypeError(f"expected a path, got {text!r}")
+    return text
+
+
 def output(text: str) -> str:
     """An argparse type: a path or URL without what does not change it, such as a last slash."""
+    text = place(text)
     return text.rstrip("/") if is_url(text) else os.path.normpath(text)
 
 

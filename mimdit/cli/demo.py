@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mimdit import __version__
-from mimdit.cli.arguments import device, number
+from mimdit.cli.arguments import add_device, add_model, new_parser, number
+from mimdit.cli.interrupts import Interrupts
 from mimdit.cli.model import StopError, load
 from mimdit.cli.studio import Stopped, Studio, sentence
 from mimdit.errors import first_line
@@ -28,17 +28,12 @@ _ALONE = " Pictures stay on this computer."
 
 def build_parser() -> argparse.ArgumentParser:
     """The arguments of `mimdit-demo`."""
-    p = argparse.ArgumentParser(
-        prog="mimdit-demo",
-        description="A page to restore pictures in the browser: upload, compare, download.",
-        allow_abbrev=False,
+    p = new_parser(
+        "mimdit-demo", "A page to restore pictures in the browser: upload, compare, download."
     )
     add = p.add_argument
-    add("--version", action="version", version=f"mimdit {__version__}")
-    add("--debug", action="store_true", help="show tracebacks")
-    add("--model", default="tiny", metavar="NAME", help="shipped model, folder or hub id")
-    add("--device", type=device, default="auto", metavar="auto|cuda|cpu|mps", help="where to run")
-    add("--precision", choices=("fp32", "bf16", "fp16"), help="number type (default: fp32)")
+    add_model(add)
+    add_device(add)
     add(
         "--host",
         default="127.0.0.1",
@@ -46,7 +41,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="address to listen on (default: 127.0.0.1, this computer alone); 0.0.0.0 lets "
         "everyone on the network use the page",
     )
-    add("--port", type=number(int, 0, 65535), default=7860, help="0: any that is free")
+    add(
+        "--port",
+        type=number(int, 0, 65535),
+        default=7860,
+        metavar="N",
+        help="0: any that is free (default: 7860)",
+    )
     add(
         "--max-megapixels",
         type=number(float, 0.01, 1000),
@@ -77,18 +78,21 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until Ctrl-C; returns the exit code."""
     args = build_parser().parse_args(argv)
-    try:
-        with tempfile.TemporaryDirectory(prefix="mimdit-demo-") as folder:
-            page = serve(args, Path(folder))
-            try:
-                page.block_thread()
-            finally:
-                page.close(verbose=False)
-    except StopError as error:
-        print(f"mimdit-demo: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 0
+    with Interrupts() as interrupts:
+        try:
+            with tempfile.TemporaryDirectory(prefix="mimdit-demo-") as folder:
+                page = serve(args, Path(folder))
+                try:
+                    interrupts.check()
+                    page.block_thread()
+                finally:
+                    page.close(verbose=False)
+        except StopError as error:
+            if not interrupts.asked:
+                print(f"mimdit-demo: {error}", file=sys.stderr)
+                return 1
+        except KeyboardInterrupt:
+            pass
     return 0
 
 

@@ -3,10 +3,13 @@
 import argparse
 import sys
 import tempfile
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from mimdit.cli.arguments import add_precision, add_seed, new_parser, number
+from mimdit.cli.interrupts import Interrupts
 from mimdit.errors import first_line
 
 _CARD = """---
@@ -30,9 +33,8 @@ pipe = MiMDiTPipeline.from_pretrained("path or hub id of this model")
 
 def build_parser() -> argparse.ArgumentParser:
     """Flags; the mixtures' defaults are the project's reading of the paper."""
-    parser = argparse.ArgumentParser(
-        prog="mimdit-init",
-        description="Make a new MiM-DiT around an SD3.5 backbone, ready for training.",
+    parser = new_parser(
+        "mimdit-init", "Make a new MiM-DiT around an SD3.5 backbone, ready for training."
     )
     add = parser.add_argument
     add(
@@ -47,16 +49,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--positive", metavar="TEXT", help="prompt stored for guidance")
     add("--negative", metavar="TEXT", help="prompt stored for guidance away from it")
     add("--keep-text-encoders", action="store_true", help="copy them too, for captions")
-    add(
-        "--precision",
-        choices=("fp32", "bf16", "fp16"),
-        default="bf16",
-        help="number type of all weights (default: bf16)",
-    )
-    add("--seed", type=int, default=0, metavar="N", help="of the fresh weights (default: 0)")
-    add("--debug", action="store_true", help="full traceback on errors")
+    add_precision(add, "bf16")
+    add_seed(add, "of the fresh weights")
+    count = number(int, 1)
     add = parser.add_argument_group("mixtures of experts").add_argument
-    add("--mim-dim", type=int, default=384, metavar="d", help="their width (default: 384)")
+    add("--mim-dim", type=count, default=384, metavar="d", help="their width (default: 384)")
     add(
         "--groups",
         nargs="+",
@@ -64,23 +61,30 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("spatial", "channel", "swin", "se"),
         help="kinds of the expert groups; may repeat (default: one of each)",
     )
-    add("--experts", type=int, default=4, metavar="E", help="sub-experts a group (default: 4)")
-    add("--top-k", type=int, default=2, metavar="k", help="active sub-experts (default: 2)")
+    add("--experts", type=count, default=4, metavar="E", help="sub-experts a group (default: 4)")
+    add("--top-k", type=count, default=2, metavar="k", help="active sub-experts (default: 2)")
     add("--inter", choices=("dense", "sparse"), default="dense", help="between groups")
     add("--intra", choices=("dense", "sparse"), default="sparse", help="inside a group")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command; returns the exit code (130 after Ctrl-C)."""
     args = build_parser().parse_args(argv)
-    try:
-        return _run(args)
-    except (ValueError, OSError) as error:
-        if args.debug:
-            raise
-        print(f"mimdit-init: {first_line(error)}", file=sys.stderr)
-        return 1
+    with Interrupts() as interrupts:
+        try:
+            return _run(args)
+        except KeyboardInterrupt:
+            pass
+        # Checkpoints fail in many ways, and libraries turn Ctrl-C into errors of many kinds.
+        except Exception as error:
+            if not interrupts.asked:
+                if args.debug:
+                    traceback.print_exc()
+                print(f"mimdit-init: {first_line(error)}", file=sys.stderr)
+                return 1
+    print("mimdit-init: stopped; nothing was written", file=sys.stderr)
+    return 130
 
 
 def _run(args: argparse.Namespace) -> int:

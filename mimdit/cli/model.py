@@ -22,14 +22,14 @@ def load(args: argparse.Namespace) -> Any:
         for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
             os.environ.setdefault(name, "error")
     try:
-        from diffusers.utils import logging
-
         if args.engine is not None:
             # Not imported by name: packages import one way, and `export` builds on this one.
             found = [*entry_points(group="mimdit.engines", name="onnx")]
             if not found:
                 raise ValueError("expected the package export, found none; install mimdit anew")
             return found[0].load()(args.engine, args.device)
+
+        from diffusers.utils import logging
 
         from mimdit.engine import accelerate
         from mimdit.loading import load_pipeline

@@ -11,10 +11,11 @@ from typing import Any
 from tqdm import tqdm
 
 from mimdit.cli.arguments import build_parser
+from mimdit.cli.interrupts import Interrupts
 from mimdit.cli.jobs import INDEX, Job, collect, names_file, plan
 from mimdit.cli.model import StopError
 from mimdit.cli.places import ending, files_below, join, read_start, write
-from mimdit.cli.work import Outcome, Restorer
+from mimdit.cli.work import Outcome, Restorer, made_otherwise
 from mimdit.image_io import WRITE_FORMATS, PictureError
 
 # Where nobody watches, progress is a line in a log each so many seconds.
@@ -34,29 +35,40 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"--{name} does not go with --engine: an exported router is fixed")
     if args.ray_workers is not None and args.ray is None:
         parser.error("--ray-workers needs --ray")
-    try:
-        sources, failures = collect(args.input, args.output)
-        named, kind = names_file(args), ending(args.output).lower()
-        if named and kind not in WRITE_FORMATS:
-            parser.error(
-                f"-o {args.output}: {kind} cannot be written; use .png, .jpg, .webp or .tif"
-            )
-        if named and len(sources) > 1:
-            parser.error(f"-o {args.output} names one file, but there are {len(sources)} pictures")
-        if named and (args.suffix or args.ext != "auto"):
-            parser.error(f"--suffix and --ext need a folder, but -o {args.output} names a file")
-        jobs, clashes = plan(sources, args)
-        args.index = args.compare and len(jobs) > 1
-        return restore_all(jobs, failures + clashes, args)
-    except (StopError, PictureError) as error:
-        print(f"mimdit-restore: {_one_line(str(error))}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("mimdit-restore: stopped; run again with --resume to go on", file=sys.stderr)
-        return 130
+    with Interrupts() as interrupts:
+        try:
+            return _run(parser, args, interrupts)
+        except KeyboardInterrupt:
+            pass
+        except Exception as error:
+            # Libraries turn Ctrl-C into errors of many kinds.
+            if not interrupts.asked:
+                if not isinstance(error, (StopError, PictureError)):
+                    raise
+                print(f"mimdit-restore: {_one_line(str(error))}", file=sys.stderr)
+                return 1
+    print("mimdit-restore: stopped; run again with --resume to go on", file=sys.stderr)
+    return 130
 
 
-def restore_all(jobs: Sequence[Job], failures: Sequence[str], args: argparse.Namespace) -> int:
+def _run(parser: argparse.ArgumentParser, args: argparse.Namespace, interrupts: Interrupts) -> int:
+    sources, failures = collect(args.input, args.output)
+    interrupts.check()
+    named, kind = names_file(args), ending(args.output).lower()
+    if named and kind not in WRITE_FORMATS:
+        parser.error(f"-o {args.output}: {kind} cannot be written; use .png, .jpg, .webp or .tif")
+    if named and len(sources) > 1:
+        parser.error(f"-o {args.output} names one file, but there are {len(sources)} pictures")
+    if named and (args.suffix or args.ext != "auto"):
+        parser.error(f"--suffix and --ext need a folder, but -o {args.output} names a file")
+    jobs, clashes = plan(sources, args)
+    args.index = args.compare and len(jobs) > 1
+    return restore_all(jobs, failures + clashes, args, interrupts)
+
+
+def restore_all(
+    jobs: Sequence[Job], failures: Sequence[str], args: argparse.Namespace, interrupts: Interrupts
+) -> int:
     """Restore every job and print the summary; returns 1 if anything failed, else 0.
 
     `failures` are sentences about inputs that never became jobs.
@@ -69,13 +81,16 @@ def restore_all(jobs: Sequence[Job], failures: Sequence[str], args: argparse.Nam
     waiting = [job for job in jobs if job.wanted]
     failures = list(failures)
     notes: dict[str, list[str]] = {}
+    for job in jobs:
+        if (note := made_otherwise(job, args)) is not None:
+            notes.setdefault(note, []).append(job.source)
     restored = 0
     bar = _progress(len(waiting))
     try:
         with bar, warnings.catch_warnings():
             if not args.debug:
                 warnings.simplefilter("ignore")
-            for job, outcome in _outcomes(waiting, args):
+            for job, outcome in _outcomes(waiting, args, interrupts):
                 if outcome.failure is None:
                     restored += 1
                 else:
@@ -84,17 +99,20 @@ def restore_all(jobs: Sequence[Job], failures: Sequence[str], args: argparse.Nam
                 for note in outcome.notes:
                     notes.setdefault(note, []).append(job.source)
                 bar.update()
-        if args.index and restored:
+                interrupts.check()
+        if args.index:
             _write_index(args.output)
     finally:
         seconds = time.perf_counter() - start
         # Nothing is worth a summary where the model did not even load.
-        if restored or failures or not isinstance(sys.exception(), StopError):
+        if restored or failures or not isinstance(sys.exception(), (StopError, KeyboardInterrupt)):
             _print_summary(restored, len(jobs) - len(waiting), failures, notes, args, seconds)
     return 1 if failures else 0
 
 
-def _outcomes(jobs: Sequence[Job], args: argparse.Namespace) -> Iterator[tuple[Job, Outcome]]:
+def _outcomes(
+    jobs: Sequence[Job], args: argparse.Namespace, interrupts: Interrupts
+) -> Iterator[tuple[Job, Outcome]]:
     """Each job once it is done: here one after the other, on a cluster as they come."""
     if args.ray is not None and jobs:
         from mimdit.cli.ray_run import outcomes
@@ -102,7 +120,8 @@ def _outcomes(jobs: Sequence[Job], args: argparse.Namespace) -> Iterator[tuple[J
         yield from outcomes(jobs, args)
         return
     # One picture shows the pipeline's own bar.
-    restorer = Restorer(args, quiet=len(jobs) > 1 or not sys.stderr.isatty())
+    quiet = len(jobs) > 1 or not sys.stderr.isatty()
+    restorer = Restorer(args, quiet, check=interrupts.check)
     for job in jobs:
         yield job, restorer(job)
 
@@ -137,6 +156,8 @@ def _write_index(output: str) -> None:
             if entry is not None:
                 folder = os.path.dirname(name)
                 entries.append((name, os.path.join(folder, entry[0]), entry[1]))
+    if not entries:
+        return
     write(place, index_page(entries).encode())
 
 

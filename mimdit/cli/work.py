@@ -8,7 +8,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,10 +43,17 @@ class Restorer:
     """Restores pictures with one model, loaded when the first readable picture comes.
 
     quiet: without the pipeline's progress bar. silent: also without the plan of a large picture.
+    check: raises where the run is to stop.
     """
 
-    def __init__(self, args: argparse.Namespace, quiet: bool, silent: bool = False) -> None:
-        self.args, self.quiet, self.silent = args, quiet, silent
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        quiet: bool,
+        silent: bool = False,
+        check: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.args, self.quiet, self.silent, self.check = args, quiet, silent, check
         self._pipe: Any = None
         self._largest = 0
 
@@ -65,6 +72,7 @@ class Restorer:
                 if self._pipe is None:
                     self._pipe = load(self.args)
                     self._pipe.set_progress_bar_config(disable=self.quiet)
+                    self.check()
                 self._show_plan(picture)
                 notes = restore_one(self._pipe, job, here, picture, self.args)
                 return Outcome(notes=(*picture.notes, *notes))
@@ -72,6 +80,7 @@ class Restorer:
             raise
         # One broken picture must not end a long run, whatever breaks.
         except Exception as error:
+            self.check()
             if self.args.debug:
                 traceback.print_exc()
             return Outcome(_sentence(job.source, error))
@@ -126,12 +135,7 @@ def restore_one(
     groups, experts = expert_names(pipe, routing) if job.report else ((), 0)
     title = _name(job.source)
     chart = png(heat_map(routing, groups, experts, title)) if job.report else None
-    facts = {
-        "model": args.model if args.engine is None else str(args.engine),
-        "seed": args.seed,
-        **options,
-        "seconds": seconds,
-    }
+    facts = {**_settings(args), "seconds": seconds}
     written: list[Path] = []
 
     def put(place: str | None, make: Any) -> None:
@@ -183,6 +187,30 @@ def restore_one(
             path.unlink(missing_ok=True)
         raise
     return tuple(notes)
+
+
+def made_otherwise(job: Job, args: argparse.Namespace) -> str | None:
+    """A note where a picture that is there was made with other settings, as its report says."""
+    if job.report is None or job.report not in job.keep or is_url(job.report):
+        return None
+    try:
+        known, asked = json.loads(Path(job.report).read_bytes()), _settings(args)
+        # Not the tiles of a pass, which change no more than the rounding; in a report, "routing" is
+        # what came out.
+        names = {**asked, "experts": None}.keys() - {"tile_batch", "routing"}
+        made = ", ".join(
+            f"{n} {known.get(n)}" for n in sorted(names) if known.get(n) != asked.get(n)
+        )
+    # Somebody else's file of this name.
+    except (OSError, ValueError, AttributeError):
+        return None
+    return f"is there already, made with {made}; --overwrite makes it anew" if made else None
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What a picture depends on, as its report has it."""
+    model = args.model if args.engine is None else str(args.engine)
+    return {"model": model, "seed": args.seed, **_options(args)}
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:

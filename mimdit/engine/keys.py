@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mimdit.engine.linears import FusedLinear, StackedLinear
+from mimdit.engine.linears import FusedLinear, StackedLinear, follows
 from mimdit.engine.step import EPS, Block
 from mimkernels import joint_qkv_
 
@@ -59,19 +59,13 @@ def neighbours(tensors: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
     while first < len(tensors):
         one = tensors[first].contiguous()
         count = 1
-        while first + count < len(tensors) and _follows(one, tensors[first + count], count):
+        while first + count < len(tensors) and _next(one, tensors[first + count], count):
             count += 1
         strides = (one.numel(), *one.stride())
         yield first, one.as_strided((count, *one.shape), strides)
         first += count
 
 
-def _follows(one: Tensor, other: Tensor, count: int) -> bool:
+def _next(one: Tensor, other: Tensor, count: int) -> bool:
     """Whether `other` lies `count` whole tensors behind `one`."""
-    same = one.untyped_storage()._cdata == other.untyped_storage()._cdata
-    place = one.storage_offset() + count * one.numel()
-    return bool(
-        same
-        and other.storage_offset() == place
-        and (other.shape, other.stride(), other.dtype) == (one.shape, one.stride(), one.dtype)
-    )
+    return one.shape == other.shape and follows(one, other, count * one.numel())

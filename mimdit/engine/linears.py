@@ -12,8 +12,9 @@ class FusedLinear:
     """Several layers with one input: their outputs side by side.
 
     Their weights become views of one tensor, so nothing is stored twice and changes in place are
-    seen; where they have been moved or replaced since, they are joined anew. Layers of other kinds
-    than `nn.Linear` (LoRA, quantised) are called one by one.
+    seen; where they have been moved or replaced since, they are joined anew. Where they are such
+    views already, of another engine of the model say, they stay. Layers of other kinds than
+    `nn.Linear` (LoRA, quantised) are called one by one.
     """
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
@@ -93,7 +94,10 @@ class StackedLinear:
         }
         if len(joints) < len(fused) or len(alike) != 1:
             return None
-        weight, bias = (None if v is None else v.new_empty(len(fused), *v.shape) for v in joints[0])
+        weight, bias = (
+            None if parts[0] is None else _stacked(cast(Any, parts))
+            for parts in zip(*joints, strict=True)
+        )
         assert weight is not None
         del found, joints
         return StackedLinear(fused, weight, bias)
@@ -108,9 +112,40 @@ class StackedLinear:
 
 
 def _join(parts: Sequence[Tensor], joint: Tensor | None = None) -> Tensor:
-    """One tensor of all rows, of which the given parameters become views."""
+    """One tensor of all rows, by default a new one, of which the given parameters are views."""
     own = [p.detach() for p in parts]
+    there = _as_one(own)
+    if there is not None and (joint is None or follows(joint, there, 0)):
+        return there
     joint = torch.cat(own) if joint is None else torch.cat(own, out=joint)
     for p, view in zip(parts, joint.split([len(p) for p in parts]), strict=True):
         p.data = view
     return joint
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """[L,…] for L tensors of one shape: where they lie already, or room for them."""
+    one = _as_one(parts)
+    size = (len(parts), *parts[0].shape)
+    return parts[0].new_empty(size) if one is None else one.view(size)
+
+
+def _as_one(parts: Sequence[Tensor]) -> Tensor | None:
+    """A view of all rows, where they lie one after the other in memory."""
+    first, distance = parts[0], 0
+    for part in parts:
+        if not (part.is_contiguous() and follows(first, part, distance)):
+            return None
+        distance += part.numel()
+    rows = sum(len(part) for part in parts)
+    return first.as_strided((rows, *first.shape[1:]), first.stride())
+
+
+def follows(one: Tensor, other: Tensor, distance: int) -> bool:
+    """Whether `other` begins `distance` elements behind `one` in its memory, and is laid out so."""
+    return bool(
+        one.untyped_storage()._cdata == other.untyped_storage()._cdata
+        and other.storage_offset() == one.storage_offset() + distance
+        and (other.shape[1:], other.stride(), other.dtype)
+        == (one.shape[1:], one.stride(), one.dtype)
+    )

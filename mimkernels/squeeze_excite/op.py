@@ -73,6 +73,8 @@ def _check(
     front = () if index is None else (None,)
     check_shape("w1", w1, (*front, None, x.shape[2]))
     *front, hidden, channels = w1.shape
+    if not hidden:
+        raise ValueError(f"w1: expected at least 1 hidden channel, got shape {list(w1.shape)}")
     check_shape("b1", b1, (*front, hidden))
     check_shape("w2", w2, (*front, channels, hidden))
     check_shape("b2", b2, (*front, channels))

@@ -50,9 +50,11 @@ def test_each_switch_brings_its_work_back(monkeypatch: pytest.MonkeyPatch) -> No
         done[variant.name] = [calls.count(name) for name in names] + [encoded]
     engine, blocks = done["engine"], 2
     more = {name: [a - b for a, b in zip(n, engine, strict=True)] for name, n in done.items()}
+    # When encoding, two products in each block instead of a stacked one, which is no `linear`.
+    assert more["keys and values block by block"] == [0, 0, 0, 2 * blocks]
     # Two products of keys and values, or of queries and outputs, in each block.
-    assert more["keys and values in every step"] == [2 * blocks, 0, 0, 0]
-    assert more["queries of conditioning tokens"] == [2 * blocks, blocks, 0, 0]
+    assert more["keys and values in every step"] == [2 * blocks, 0, 0, 2 * blocks]
+    assert more["queries of conditioning tokens"] == [2 * blocks, blocks, 0, 2 * blocks]
     assert more["concatenation, no joint buffers"][2] >= 2 * blocks
     # Of time and pooled text two layers each, and all modulations.
     assert more["no table of modulations"][0] == 5

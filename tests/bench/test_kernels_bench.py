@@ -1,7 +1,8 @@
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -137,10 +138,52 @@ def test_rows_with_times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
         assert picture.width > 500
 
 
+def test_faults_stop_no_other_size_and_resume_goes_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: list[kernel_cases.Size] = []
+
+    def measured(case: Case, *rest: object) -> Iterator[kernels.Row]:
+        made.append(case.size)
+        row = {"pass": "forward", "variant": "eager", "error": 0.0, "parity": True, "reason": None}
+        yield row
+        if case.size == SMALL[0]:
+            raise RuntimeError("an illegal access")
+
+    monkeypatch.setattr(kernels, "measure_case", measured)
+    out = tmp_path / "rows.jsonl"
+    command = ["--device", "cpu", "--ops", "expert_linear", "--out", str(out)]
+    assert kernels.main(command) == 1
+    rows = list(map(json.loads, out.read_text().splitlines()))
+    assert [row["parity"] for row in rows] == [True, False, True]
+    assert rows[1]["reason"] == "RuntimeError: an illegal access"
+    # Cut off behind the first size, it begins with the second.
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    assert kernels.main([*command, "--resume"]) == 1
+    assert list(map(json.loads, out.read_text().splitlines()))[:2] == rows[:2]
+    assert made == [*SMALL, SMALL[1]]
+    assert capsys.readouterr().out.count("an illegal access") == 2
+
+
+def test_the_cpu_computes_what_a_gpu_has_no_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def compute(case: object, device: torch.device) -> object:
+        asked.append(device.type)
+        if device.type == "cuda":
+            raise torch.OutOfMemoryError("float64")
+        return "results"
+
+    monkeypatch.setattr(kernels, "_oracle", compute)
+    case: Any = SimpleNamespace(tensors=[SimpleNamespace(device=torch.device("cuda"))])
+    assert kernels.oracle(case) == "results" and asked == ["cuda", "cpu"]
+
+
 def test_bad_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     cases = [
         (["--ops", "gemm"], "--ops: expected some of image_gate"),
         (["--runs", "0"], "--runs:"),
+        (["--resume"], "--resume: expected --out"),
     ]
     for command, message in cases:
         with pytest.raises(SystemExit):

@@ -1,14 +1,18 @@
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 
-from bench import latency, measure, variants
+from bench import latency, machine, measure, variants
 from bench.inputs import load, make_inputs
+from bench.rows import Row, RowFile
 from bench.variants import MAKERS, variants_of
 from mimdit.loading import assemble
 from mimdit.presets import build
@@ -33,16 +37,22 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = [*EXACT, *APPROXIMATE, "engine-fp8", "backbone-eager", "tensorrt"]
     command = ["--model", str(tmp_path / "model"), "--sizes", "64", "--steps", "2", "--runs", "2"]
     command += ["--device", "cpu", "--precision", "fp32", "--batch", "2", "--out", str(out)]
+    command += ["--thresholds", "0", "1e9"]
     assert latency.main([*command, "--variants", *names]) == 0
     printed = capsys.readouterr().out
     assert "engine-fp8: left out, quantize: 'fp8' needs an NVIDIA GPU of compute" in printed
     assert "tensorrt: left out, it needs a GPU" in printed
     assert "engine-int8 (approximate)" in printed and "dB to the engine" in printed
     rows = {row["variant"]: row for row in map(json.loads, out.read_text().splitlines())}
-    assert list(rows) == [*EXACT, *APPROXIMATE, "backbone-eager"]
+    cached = [f"engine-first-block-cache={threshold}" for threshold in ("0", "1e+09")]
+    assert list(rows) == [*EXACT, *APPROXIMATE, "backbone-eager", *cached]
+    # The first step runs all blocks.
+    assert [rows[name]["steps_skipped"] for name in cached] == [0, 1]
+    assert rows[cached[0]]["psnr_db"] > 60 and rows[cached[0]]["threshold"] == 0
+    assert "| 64² × 2 steps | 1e+09 |" in printed and "| 50% |" in printed
     for name, row in rows.items():
         assert not FIELDS - set(row), name
-        assert row["parity"] and row["approximate"] == (name in APPROXIMATE)
+        assert row["parity"] and row["approximate"] == (name in [*APPROXIMATE, *cached])
         assert 0 < row["picture_p50_s"] <= row["picture_p90_s"] <= row["picture_p99_s"]
         assert row["step_tflop"] > 0 and row["peak_share"] > 0 and row["batch"] == 2
     for name in EXACT:
@@ -77,6 +87,47 @@ def test_no_speed_without_parity(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row["parity"] for row in rows] == [True, False] and not missing
     assert "picture_p50_s" in rows[0] and "picture_p50_s" not in rows[1]
     assert "no speed" in latency.table(rows)
+
+
+def test_what_fails_or_is_stopped_costs_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pipe = load("debug", "cpu", "fp32")
+
+    def broken(fault: Exception, first: int) -> Callable[..., variants.Variant]:
+        def make(model: object, like: torch.Tensor) -> variants.Variant:
+            honest, calls = variants.reference_cached(pipe.transformer, like), iter(range(99))
+
+            def step(*arguments: Any) -> torch.Tensor:
+                if next(calls) >= first:
+                    raise fault
+                return honest.step(*arguments)
+
+            return replace(honest, name=str(fault), step=step)
+
+        return make
+
+    # At once, when its first picture is drawn, and while pictures are timed.
+    monkeypatch.setitem(MAKERS, "memory", broken(torch.OutOfMemoryError("memory"), 0))
+    monkeypatch.setitem(MAKERS, "late", broken(RuntimeError("late"), 8))
+    file, written = RowFile(tmp_path / "rows.jsonl"), []
+
+    def save(rows: Sequence[Row]) -> None:
+        file.write(rows)
+        written.append([row.get("runs") for row in rows])
+
+    names = ["memory", "late", "reference", "reference-cached"]
+    options = {"names": names, "seconds": 0.0, "save": save}
+    rows, _ = latency.run(pipe, "debug", 64, 2, 9, 0, **options)
+    assert [row["parity"] for row in rows] == [None, False, True, True]
+    assert rows[0]["reason"] == "OutOfMemoryError: memory"
+    assert rows[1]["reason"] == "RuntimeError: late"
+    assert not any("picture_p50_s" in row for row in rows[:2])
+    assert "no speed: RuntimeError: late" in latency.table(rows)
+    # Whenever it is stopped, what was measured is there; time is up after three runs.
+    assert [None, None] in written and [runs[-1] for runs in written[-4:]] == [1, 2, 3, 3]
+    kept = list(map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines()))
+    assert kept == rows and kept[2]["psnr_db"] > 60
 
 
 @torch.no_grad()
@@ -118,3 +169,19 @@ def test_runs_are_interleaved() -> None:
     times = measure.interleaved(calls, torch.device("cpu"), warmup=1, runs=2)
     assert order == ["a", "b"] * 3
     assert [len(t) for t in times.values()] == [2, 2]
+
+
+def test_what_a_gpu_says_of_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {"clocks.sm": "1980, 2619, 41, 310.52", "clocks_event": None, "driver": "580.159.04"}
+
+    def command(*words: str) -> str | None:
+        assert words[:2] == ("nvidia-smi", "--id=GPU-0f3a")
+        return next(text for key, text in said.items() if key in words[2])
+
+    monkeypatch.setattr(machine, "_command", command)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="0f3a"))
+    device = torch.device("cuda")
+    wanted = {"sm_mhz": 1980, "memory_mhz": 2619, "temperature_c": 41, "power_w": 310.52}
+    assert machine.gpu_state(device) == wanted
+    assert machine._ask(device, {"driver": "driver_version"}) == {"driver": "580.159.04"}
+    assert machine.gpu_state(torch.device("cpu")) == {}

@@ -69,3 +69,28 @@ def test_command(untrained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"| noise | {np.mean(noise):.2f} / " in printed
     with Image.open(picture) as sheet:
         assert sheet.size == (2 * 64, 3 * 64)
+
+
+def test_a_model_that_is_not_there_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for more in ([], ["--dataset", "folder", "--data", str(tmp_path)]):
+        Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+        command = ["--model", "nowhere", *more, "--metrics"]
+        if more:
+            command += ["--output", str(tmp_path / "out")]
+        assert quality.main(command) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("mimdit-eval: --model nowhere: no such model folder")
+        assert len(error.splitlines()) == 1
+
+
+def test_flags_of_data_sets_need_one(capsys: pytest.CaptureFixture[str]) -> None:
+    for flags, expected in (
+        (["--limit", "3"], "--limit goes with --dataset only"),
+        (["--score-damaged"], "--score-damaged goes with --dataset only"),
+        (["--dataset", "folder", "--data", "x", "--limit", "0"], "--limit: expected at least 1"),
+    ):
+        with pytest.raises(SystemExit):
+            quality.main(flags)
+        assert expected in capsys.readouterr().err

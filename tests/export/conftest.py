@@ -3,17 +3,26 @@
 import contextlib
 import io
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
 from mimdit.loading import assemble, load_pipeline
 from mimdit.pipeline import MiMDiTPipeline
 from mimdit.presets import build
+from mimdit.transformer import MiMDiTTransformer2DModel
+from tests.mimdit.sd35_folder import backbone, vae
+
+GPU_A = {"name": "GPU A", "capability": "90"}
+# Of the exports that `reuse` stands for.
+UNCHECKED = ["--batch", "1..3", "--no-check"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,22 @@ def pipeline(seed: int = 0, **settings: Any) -> MiMDiTPipeline:
     with torch.no_grad():
         model.pooled_prompt_embeds.normal_()
     pipe = assemble(model, default_steps=2, default_shifts=2)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sd35(layout: str = "medium", side: int = 512) -> MiMDiTPipeline:
+    """A small model in a layout of SD3.5, whose codec takes tiles of `side` pixels."""
+    torch.manual_seed(0)
+    prompts: dict[str, Any] = {
+        "prompts": ("empty", "positive", "negative"),
+        "prompt_embeds": torch.randn(3, 5, 32),
+        "pooled_prompt_embeds": torch.randn(3, 64),
+    }
+    model = MiMDiTTransformer2DModel.from_backbone(backbone(layout), mim_dim=64, **prompts)
+    codec = AutoencoderKL.from_config(dict(vae().config) | {"sample_size": side}).eval()
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe = MiMDiTPipeline(model.randomize_(0), codec, scheduler, default_steps=3)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -82,7 +107,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 def reuse(exported: Exported, change: Callable[[Path], None] = lambda _: None) -> Any:
     """In place of an export that takes long: the files of an earlier one, changed."""
-    from export.onnx_export import Limits, Written
+    from export.limits import Limits
+    from export.onnx_export import Written
 
     def copy(graph: Any, work: Path, limits: Limits, opset: int) -> Written:
         file = f"{graph.name}.onnx"
@@ -91,3 +117,40 @@ def reuse(exported: Exported, change: Callable[[Path], None] = lambda _: None) -
         return Written(graph.name, file, 1, 0.0, exported.programs[graph.name])
 
     return copy
+
+
+def with_gpu(patch: pytest.MonkeyPatch, found: dict[str, str] | None) -> None:
+    """What all modules take for the GPU of this machine."""
+    from export import backends, cache, engines
+
+    for module in (engines, cache, backends):
+        patch.setattr(module, "gpu", lambda: found)
+
+
+@pytest.fixture
+def tensorrt(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A recording `tensorrt`, a GPU, and sessions whose memory is the CPU's."""
+    pytest.importorskip("onnxruntime")
+    from export import backends
+    from export.sessions import EngineSession
+    from tests.export import fake_tensorrt
+
+    fake = fake_tensorrt.module("10.16.1")
+    monkeypatch.setitem(sys.modules, "tensorrt", fake)
+    with_gpu(monkeypatch, GPU_A)
+    monkeypatch.setattr(backends, "EngineSession", partial(EngineSession, device="cpu"))
+    return fake
+
+
+@pytest.fixture
+def built(
+    exported: Exported, tensorrt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A folder with engines of the stand-in; its picture is checked after one step."""
+    from export import cli, folder
+
+    monkeypatch.setattr("export.plan.STEPS", 1)
+    monkeypatch.setattr(folder, "export_onnx", reuse(exported))
+    target = tmp_path / "built"
+    assert cli.main([str(exported.model), "--out", str(target), "--trt", *UNCHECKED]) == 0
+    return target

@@ -78,6 +78,17 @@ def other_weights(module: torch.nn.Module) -> Change:
     return change
 
 
+def external(path: Path) -> None:
+    """All weights lie beside the graph: not a fault."""
+    onnx.save(
+        onnx.load(path),
+        path,
+        save_as_external_data=True,
+        location=f"{path.name}.data",
+        size_threshold=1024,
+    )
+
+
 def both(*changes: Change) -> Change:
     """One after the other."""
 

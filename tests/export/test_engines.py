@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,49 +12,19 @@ import torch
 
 pytest.importorskip("onnxruntime")
 
-from export import backends, cache, cli, engines, folder
-from export.cache import differs
+from export import cli, folder
 from export.engines import Target, build_engine, profile_shapes
 from export.graphs import graphs_of
 from export.libraries import ExportError
+from export.limits import Limits
 from export.manifest import verify
-from export.onnx_export import Limits, input_shapes
+from export.onnx_export import input_shapes
 from export.runtime import ExportedPipeline
-from export.sessions import EngineSession
 from mimdit.metrics import psnr
 from tests.export import damage, fake_tensorrt
-from tests.export.conftest import Exported, reuse
+from tests.export.conftest import UNCHECKED, Exported, reuse, with_gpu
 
-A = {"name": "GPU A", "capability": "90"}
 LIMITS = Limits((1, 3), (8, 24))
-SMALL = ["--batch", "1..3", "--no-check"]
-
-
-def with_gpu(patch: pytest.MonkeyPatch, found: dict[str, str] | None) -> None:
-    for module in (engines, cache, backends):
-        patch.setattr(module, "gpu", lambda: found)
-
-
-@pytest.fixture
-def tensorrt(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A recording `tensorrt`, a GPU, and sessions whose memory is the CPU's."""
-    fake = fake_tensorrt.module("10.16.1")
-    monkeypatch.setitem(sys.modules, "tensorrt", fake)
-    with_gpu(monkeypatch, A)
-    monkeypatch.setattr(backends, "EngineSession", partial(EngineSession, device="cpu"))
-    return fake
-
-
-@pytest.fixture
-def built(
-    exported: Exported, tensorrt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Path:
-    """A folder with engines of the stand-in; its picture is checked after one step."""
-    monkeypatch.setattr("export.plan.STEPS", 1)
-    monkeypatch.setattr(folder, "export_onnx", reuse(exported))
-    target = tmp_path / "built"
-    assert cli.main([str(exported.model), "--out", str(target), "--trt", *SMALL]) == 0
-    return target
 
 
 @pytest.mark.parametrize(("version", "flags"), [("10.16.1", 2), ("11.3.0", 0)])
@@ -121,103 +90,6 @@ def test_engines_are_compared_where_they_run(
     assert "denoiser (tensorrt)" in out and "engine reused, compared above (tensorrt)" in out
 
 
-def test_equal_keys_reuse_engines(
-    exported: Exported, built: Path, tensorrt: Any, capsys: Any
-) -> None:
-    count = len([call for call in tensorrt.calls if call[0] == "build"])
-    command = [str(exported.model), "--out", str(built), "--trt", *SMALL]
-    assert cli.main(command) == 0
-    assert capsys.readouterr().out.count("engine reused") == count == 3
-    assert len([call for call in tensorrt.calls if call[0] == "build"]) == count
-    assert cli.main([*command, "--workspace", "1"]) == 0
-    captured = capsys.readouterr()
-    assert "building an engine of pool, as workspace: expected 1073741824, got None" in captured.err
-    assert captured.out.count("engine built") == 3
-    tensorrt.__version__ = "10.17.0"
-    assert cli.main([*command, "--workspace", "1"]) == 0
-    assert "as version: expected '10.17.0', got '10.16.1'" in capsys.readouterr().err
-    # A damaged engine is not carried on.
-    (built / "pool.trt.engine").write_bytes(b"")
-    assert cli.main([*command, "--workspace", "1"]) == 0
-    assert "reused" not in capsys.readouterr().out
-
-
-def test_keys_differ_by_every_field(exported: Exported, tmp_path: Path, tensorrt: Any) -> None:
-    path = tmp_path / "pool.onnx"
-    shutil.copy(exported.folder / "pool.onnx", path)
-    shapes = {"z_lq": [[1], [2], [3]]}
-    given: dict[str, Any] = {
-        "graph": path,
-        "target": Target("tensorrt"),
-        "shapes": shapes,
-        "precision": "fp32",
-        "weights": "a",
-    }
-    key = cache.engine_key(**given)
-    assert differs(key, cache.engine_key(**given)) == ""
-    changes = {
-        "weights": {"weights": "b"},
-        "profile": {"shapes": {"z_lq": [[1], [2], [4]]}},
-        "precision": {"precision": "fp16"},
-        "workspace": {"target": Target("tensorrt", workspace=1)},
-        "gpu": {"target": Target("tensorrt", ("90",))},
-    }
-    for field, change in changes.items():
-        assert differs(key, cache.engine_key(**(given | change))).startswith(f"{field}: expected")
-    path.write_bytes(path.read_bytes() + b"\0")
-    assert differs(key, cache.engine_key(**given)).startswith("graph: expected")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"found": None}, "pool.trt.engine: expected an NVIDIA GPU that torch can use, found none"),
-        (
-            {"found": A | {"name": "GPU B"}},
-            "pool.trt.engine: gpu: expected 'GPU B', got 'GPU A'; export again",
-        ),
-        (
-            {"found": A | {"capability": "120"}},
-            "pool.trt.engine: capabilities: expected one with 120, the GPU's, got 90; export again",
-        ),
-        (
-            {"version": "11.3.0"},
-            "pool.trt.engine: version: expected '11.3.0', got '10.16.1'; export again",
-        ),
-    ],
-    ids=["no-gpu", "name", "capability", "version"],
-)
-def test_foreign_engines_are_refused(
-    built: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    tensorrt: Any,
-    change: dict[str, Any],
-    message: str,
-) -> None:
-    if "version" in change:
-        tensorrt.__version__ = change["version"]
-    else:
-        with_gpu(monkeypatch, change["found"])
-    with pytest.raises(ExportError) as error:
-        ExportedPipeline(built, runtime="tensorrt")
-    assert str(error.value) == message
-    if change.get("found", A):
-        with pytest.warns(UserWarning, match="ONNX Runtime takes its place"):
-            assert ExportedPipeline(built).runtime == "onnxruntime"
-
-
-def test_tampered_engines_are_refused(built: Path) -> None:
-    path = built / "denoiser.trt.engine"
-    data = path.read_bytes()
-    for changed, field in ((data[:-1], "bytes"), (data[:-1] + b"\0\0", "bytes"), (b"", "bytes")):
-        path.write_bytes(changed)
-        with pytest.raises(ExportError, match=rf"files\.denoiser\.trt\.engine\.{field}: expected"):
-            ExportedPipeline(built, runtime="tensorrt")
-    path.write_bytes(bytes([data[0] ^ 1]) + data[1:])
-    with pytest.raises(ExportError, match=r"files\.denoiser\.trt\.engine\.sha256: expected"):
-        ExportedPipeline(built, runtime="tensorrt")
-
-
 def test_what_is_missing_is_said(
     exported: Exported, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,7 +129,7 @@ def test_rtx_engines_without_a_gpu(
     trt = pytest.importorskip("tensorrt_rtx")
     monkeypatch.setattr(folder, "export_onnx", reuse(exported))
     target = tmp_path / "out"
-    command = [str(exported.model), "--out", str(target), *SMALL, "--trt-rtx", "--sm"]
+    command = [str(exported.model), "--out", str(target), *UNCHECKED, "--trt-rtx", "--sm"]
     assert cli.main([*command, "89,120"]) == 0
     captured = capsys.readouterr()
     assert captured.out.count("engine built, not run (tensorrt_rtx)") == 3
@@ -298,7 +170,7 @@ def test_an_operator_that_rtx_lacks(
     pytest.importorskip("tensorrt_rtx")
     change = damage.unknown_operator("pool")
     monkeypatch.setattr(folder, "export_onnx", reuse(exported, change))
-    command = [str(exported.model), "--out", str(tmp_path / "x"), "--trt-rtx", *SMALL]
+    command = [str(exported.model), "--out", str(tmp_path / "x"), "--trt-rtx", *UNCHECKED]
     assert cli.main(command) == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("mimdit-export: pool: TensorRT-RTX cannot parse Nonsense node_")

@@ -16,9 +16,9 @@ pytest.importorskip("onnxruntime")
 from export import checks, cli, folder
 from export.graphs import Pool, traceable
 from export.libraries import ExportError
-from export.manifest import verify
-from export.onnx_export import Limits, export_onnx
-from export.plan import plan
+from export.limits import Limits
+from export.manifest import verify, write_manifest
+from export.onnx_export import export_onnx
 from export.runtime import ExportedPipeline
 from export.sessions import Session
 from tests.export import damage
@@ -72,6 +72,7 @@ def test_without_check(
         (["--sizes", "512"], "expected HxW or HxW,HxW,…, got '512'"),
         (["--sizes", "64x64", "--dynamic"], "not allowed with"),
         (["--batch", "2..4"], "expected 1 or 1..N, got '2..4'"),
+        (["--workspace", "nan"], "expected a number of at least 0, got 'nan'"),
         (["--trt-sm"], "unrecognized arguments: --trt-sm"),
     ],
     ids=str,
@@ -229,32 +230,25 @@ def test_missing_libraries(
     assert f"pip install 'mimdit[{extra}]'" in err
 
 
-@pytest.mark.parametrize(
-    ("options", "limits", "sizes"),
-    [
-        (
-            [],
-            Limits((1, 4), (8, 24)),
-            [(2, 11, 13), (1, 16, 16), (3, 17, 12), (1, 10, 15)],
-        ),
-        (
-            ["--batch", "1"],
-            Limits((1, 1), (8, 24)),
-            [(1, 11, 13), (1, 16, 16), (1, 17, 12), (1, 10, 15)],
-        ),
-        (["--sizes", "128x128", "--batch", "1"], Limits((1, 1), (16, 16)), [(1, 16, 16)]),
-        (
-            ["--sizes", "64x96,192x128"],
-            Limits((1, 4), (8, 24)),
-            [(2, 11, 13), (1, 8, 12), (1, 24, 16), (3, 17, 12), (1, 10, 15)],
-        ),
-    ],
-    ids=str,
-)
-def test_plans(
-    exported: Exported, options: list[str], limits: Limits, sizes: list[tuple[int, ...]]
+def test_no_bfloat16_on_this_device(tmp_path: Path, capsys: Any) -> None:
+    """ONNX Runtime lacks its plain operators for CPUs: said before anything is exported."""
+    assert cli.main(["debug", "--out", str(tmp_path / "onnx"), "--precision", "bf16"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(
+        r"mimdit-export: precision: expected one that onnxruntime [\d.]+ computes in on cpu, "
+        r"got bf16 \(.*\); --no-check leaves the comparison out",
+        line,
+    )
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_bfloat16_graphs_are_refused_where_they_cannot_run(
+    exported: Exported, tmp_path: Path
 ) -> None:
-    args = cli.build_parser().parse_args(["--out", "x", *options])
-    settings = plan(exported.pipe, args)
-    assert settings.limits == limits
-    assert list(settings.sizes) == sizes
+    target = Path(shutil.copytree(exported.folder, tmp_path / "out"))
+    damage.unknown_operator("pool")(target / "pool.onnx")
+    manifest = verify(exported.folder)
+    entries = {k: v for k, v in manifest.items() if k not in ("format", "files", "sha256")}
+    write_manifest(target, entries | {"precision": "bf16"})
+    with pytest.raises(ExportError, match=r"^precision: expected .* on cpu, got bf16 \(pool"):
+        ExportedPipeline(target, "cpu")

@@ -163,13 +163,21 @@ def test_check_alone(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_check_alone_needs_the_model(
-    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def unchecked(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Path, Path]:
+    """A copy of the model, and an export of it that was not compared."""
     model, target = tmp_path / "model", tmp_path / "out"
     shutil.copytree(exported.model, model)
     monkeypatch.setattr(folder, "export_onnx", reuse(exported))
     assert cli.main([str(model), "--out", str(target), "--no-check", *SMALL]) == 0
+    return model, target
+
+
+def test_check_alone_needs_the_model(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    model, target = unchecked(exported, tmp_path, monkeypatch)
     assemble(build("debug").randomize_(1)).save_pretrained(model)
     shutil.rmtree(model / "transformer")
     assert cli.main(["--check", str(target)]) == 1
@@ -186,10 +194,7 @@ def test_check_alone_needs_the_model(
 def test_a_model_that_changed_is_refused(
     exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    model, target = tmp_path / "model", tmp_path / "out"
-    shutil.copytree(exported.model, model)
-    monkeypatch.setattr(folder, "export_onnx", reuse(exported))
-    assert cli.main([str(model), "--out", str(target), "--no-check", *SMALL]) == 0
+    model, target = unchecked(exported, tmp_path, monkeypatch)
     pipe = load_pipeline(str(model))
     pipe.transformer.randomize_(7)
     pipe.save_pretrained(model)

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 pytest.importorskip("onnxscript")
@@ -17,28 +16,10 @@ from export.cli import main
 from export.runtime import ExportedPipeline
 from mimdit.loading import load_pipeline
 from mimdit.metrics import psnr
-from mimdit.pipeline import MiMDiTPipeline
-from mimdit.transformer import MiMDiTTransformer2DModel
-from tests.export.conftest import pipeline
-from tests.mimdit.sd35_folder import backbone, vae
+from tests.export.conftest import pipeline, sd35
+from tests.export.test_graphs import ABLATIONS
 
 pytestmark = pytest.mark.slow
-
-
-def sd35(layout: str) -> MiMDiTPipeline:
-    torch.manual_seed(0)
-    prompts: dict[str, Any] = {
-        "prompts": ("empty", "positive", "negative"),
-        "prompt_embeds": torch.randn(3, 5, 32),
-        "pooled_prompt_embeds": torch.randn(3, 64),
-    }
-    model = MiMDiTTransformer2DModel.from_backbone(backbone(layout), mim_dim=64, **prompts)
-    # Otherwise its pictures would be encoded in diffusers' tiles from 128 pixels.
-    codec = AutoencoderKL.from_config(dict(vae().config) | {"sample_size": 512}).eval()
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    pipe = MiMDiTPipeline(model.randomize_(0), codec, scheduler, default_steps=3)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.mark.parametrize(
@@ -68,8 +49,8 @@ def test_sd35_layouts(layout: str, precision: str, tmp_path: Path) -> None:
     x = np.random.default_rng(0).random((1, 150, 300, 3), dtype=np.float32)
     for given in ({"tile": 256}, {"guidance_scale": 3.0}):
         ours, theirs = (
-            call(x, 2, generator=torch.Generator().manual_seed(1), **given)
-            for call in (runtime, lambda *a, **o: pipe(*a, output_type="np", **o))
+            call(x, 2, generator=torch.Generator().manual_seed(1), output_type="np", **given)
+            for call in (runtime, pipe)
         )
         assert psnr(torch.from_numpy(ours.images), torch.from_numpy(theirs.images)) > 60
 
@@ -101,8 +82,10 @@ def test_tiny(precision: str, tmp_path: Path) -> None:
     pipe, runtime = load_pipeline("tiny"), ExportedPipeline(target, "cpu")
     with Image.open(Path(__file__).parents[2] / "examples/degraded/rain.png") as file:
         picture = np.asarray(file.convert("RGB").crop((0, 0, 300, 270)))
+    # Several tiles.
+    options: dict[str, Any] = {"tile": 256, "output_type": "np"}
     ours, theirs = (
-        call(picture, 8, generator=torch.Generator().manual_seed(1), output_type="np")
+        call(picture, 8, generator=torch.Generator().manual_seed(1), **options)
         for call in (runtime, pipe)
     )
     assert psnr(torch.from_numpy(ours.images), torch.from_numpy(theirs.images)) >= 55
@@ -123,19 +106,7 @@ def test_variants(options: list[str], tmp_path: Path) -> None:
         assert {"tokens to fp32", "output to fp32"} <= {c["output"] for c in report["checks"]}
 
 
-def test_no_bfloat16_on_this_device(tmp_path: Path, capsys: Any) -> None:
-    """ONNX Runtime has few bfloat16 operators for CPUs: said in one line, and nothing is left."""
-    assert main(["debug", "--out", str(tmp_path / "onnx"), "--precision", "bf16"]) == 1
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert "onnxruntime cannot load it" in line and "--no-check" in line
-    assert [*tmp_path.iterdir()] == []
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{"inter": "sparse", "intra": "dense"}, {"groups": ("se", "se"), "experts": 1, "top_k": 1}],
-    ids=str,
-)
+@pytest.mark.parametrize("settings", ABLATIONS, ids=lambda s: " ".join(map(str, s.values())))
 def test_ablations(settings: dict[str, Any], tmp_path: Path) -> None:
     pipeline(**settings).save_pretrained(tmp_path / "model")
     assert main([str(tmp_path / "model"), "--out", str(tmp_path / "onnx")]) == 0

@@ -17,6 +17,7 @@ pytest.importorskip("onnxruntime")
 
 from export.checks import Check, relative_error
 from export.graphs import depthwise3x3
+from export.libraries import ExportError
 from export.parity import check_graphs
 from export.runtime import ExportedPipeline, euler_sigmas
 from mimdit.metrics import psnr
@@ -121,9 +122,10 @@ def test_pictures_equal_the_pipelines(
     options: dict[str, Any],
 ) -> None:
     count = 2 if "tile" in options else 1
+    options = options | {"output_type": "np"}
     ours, theirs = (
         call(picture(*size, count), generator=torch.Generator().manual_seed(3), **options)
-        for call in (runtime, lambda *a, **o: exported.pipe(*a, output_type="np", **o))
+        for call in (runtime, exported.pipe)
     )
     assert ours.images.shape == (count, *size, 3)
     assert psnr(torch.from_numpy(ours.images), torch.from_numpy(theirs.images)) > 60
@@ -146,13 +148,63 @@ def test_pictures_equal_the_pipelines(
         ({"tile": 40}, "tile: expected 0 or 64 to 192 pixels, got 40"),
         ({"strength": 2}, "strength: expected 0 to 1, got 2"),
         ({"color_fix": "red"}, "color_fix: expected one of none, adain, wavelet, got 'red'"),
-        ({"output_type": "pil"}, "output_type: expected np, got 'pil'"),
+        ({"output_type": "jpg"}, "output_type: expected pil, np, pt or latent, got 'jpg'"),
+        ({"prompt": "a cat"}, "prompt: expected none for an exported folder, got 'a cat'"),
+        (
+            {"generator": [torch.Generator()] * 2},
+            "generator: expected one, or 1 for as many pictures, got 2",
+        ),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )
 def test_wrong_arguments(runtime: ExportedPipeline, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}$"):
         runtime(picture(16, 16), **options)
+
+
+def test_results_are_those_of_the_pipeline(exported: Exported, runtime: ExportedPipeline) -> None:
+    """Every kind of result, generators picture by picture, and what is told on the way."""
+    calls: dict[Any, Any] = {"ours": runtime, "theirs": exported.pipe}
+    said: dict[str, list[Any]] = {name: [] for name in calls}
+    found: dict[str, dict[str, Any]] = {name: {} for name in calls}
+    for name, call in calls.items():
+
+        def step_end(pipe: Any, i: int, t: Any, state: Any, name: str = name) -> dict[str, Any]:
+            said[name].append((i, round(float(t)), [*state]))
+            return {"latents": state["latents"] * 0.9}
+
+        for kind in ("pil", "np", "pt", "latent"):
+            generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+            out = call(
+                picture(60, 150, 2),
+                2 if kind == "np" else 1,
+                2,
+                generator=generators,
+                tile=128,
+                tile_batch=1,
+                output_type=kind,
+                callback_on_step_end=step_end,
+                progress=lambda *counts, name=name: said[name].append(counts),
+                return_dict=False,
+            )
+            found[name][kind] = out[0]
+    assert said["ours"] == said["theirs"]
+    for kind in ("np", "pt", "latent"):
+        ours, theirs = (torch.as_tensor(found[name][kind]) for name in calls)
+        assert ours.shape == theirs.shape and relative_error(ours, theirs) < 1e-3
+    for ours, theirs in zip(found["ours"]["pil"], found["theirs"]["pil"], strict=True):
+        np.testing.assert_allclose(np.asarray(ours, int), np.asarray(theirs, int), atol=1)
+
+
+def test_devices_are_named(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    for device in ("cuda:1", "mps"):
+        message = f"device: expected auto, cpu or cuda for an exported folder, got '{device}'"
+        with pytest.raises(ExportError, match=message):
+            ExportedPipeline(exported.folder, device)
+    ort = pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(ExportError, match="with CUDAExecutionProvider for cuda, got one with CPU"):
+        ExportedPipeline(exported.folder, "cuda", runtime="onnxruntime")
 
 
 def test_too_many_pictures(runtime: ExportedPipeline) -> None:
@@ -163,12 +215,13 @@ def test_too_many_pictures(runtime: ExportedPipeline) -> None:
 def test_restores_without_diffusers(exported: Exported, tmp_path: Path) -> None:
     script = (
         "import sys\n"
-        "sys.modules['diffusers'] = None\n"
+        "for name in ('diffusers', 'transformers', 'onnx', 'onnxscript'):\n"
+        "    sys.modules[name] = None\n"
         "import numpy as np, torch\n"
         "from export.runtime import ExportedPipeline\n"
         f"restore = ExportedPipeline({str(exported.folder)!r}, 'cpu', threads=1)\n"
         "x = np.load(sys.argv[1])\n"
-        "out = restore(x, 1, generator=torch.Generator().manual_seed(3))\n"
+        "out = restore(x, 1, generator=torch.Generator().manual_seed(3), output_type='np')\n"
         "assert not any(m in sys.modules for m in ('mimdit.mim', 'mimdit.transformer'))\n"
         "np.save(sys.argv[1], out.images)\n"
     )

@@ -238,6 +238,7 @@ def test_bad_arguments() -> None:
         ((x.int(), w1, b1, w2, b2), {}, "x: expected a floating-point type"),
         ((x.mT.contiguous().mT, w1, b1, w2, b2), {}, "x: expected a last stride of 1"),
         ((x, w1[:, 1:], b1, w2, b2), {}, "w1: expected shape"),
+        ((x, w1[:0], b1[:0], w2[:, :0], b2), {}, "w1: expected at least 1 hidden channel"),
         ((x, w1, b1[1:], w2, b2), {}, "b1: expected shape"),
         ((x, w1, b1, w2.mT, b2), {}, "w2: expected shape"),
         ((x, w1, b1, w2, b2.half()), {}, "b2: expected torch.float32 as x"),

@@ -169,6 +169,28 @@ def test_changed_weights_are_seen() -> None:
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
 
 
+@torch.no_grad()
+def test_engines_of_one_model_leave_each_other_their_weights() -> None:
+    """Otherwise each would join, and capture, anew whenever the other had run."""
+    model = accelerate(drawn(num_layers=3))
+    first: Any = model.engine
+    x, z, t = inputs()
+    wanted, blocks = model(x, t, lq_latents=z).sample, first.blocks
+    places = [p.data_ptr() for p in model.parameters()]
+    for options in ({}, {"quantize": "int8"}, {"first_block_cache": 0.1}):
+        accelerate(model, **options)(x, t, lq_latents=z)
+        assert [p.data_ptr() for p in model.parameters()] == places
+    model.engine = first
+    assert torch.equal(model(x, t, lq_latents=z).sample, wanted)
+    assert first.blocks is blocks
+    # What has been replaced is joined anew, its neighbours with it.
+    to_k = model.transformer_blocks[1].attn.to_k
+    to_k.weight = torch.nn.Parameter(to_k.weight * 0.5)
+    found = accelerate(model)(x, t, lq_latents=z).sample
+    wanted = accelerate(model, enabled=False)(x, t, lq_latents=z).sample
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
+
+
 def test_saved_weights_stay_the_same(tmp_path: Path) -> None:
     model = drawn(torch.float32)
     before = copy.deepcopy(model.state_dict())

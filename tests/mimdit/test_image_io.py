@@ -1,8 +1,10 @@
 import os
+import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, IptcImagePlugin
 
 from mimdit import image_io
 from mimdit.image_io import PictureError, compare, find_pictures, read_picture, write_picture
@@ -110,6 +112,60 @@ def test_profile_of_another_colour_space_is_left_out(tmp_path):
     assert read_picture(tmp_path / "b.jpg").icc is None
 
 
+# A caption and a keyword: 0x1C, record 2, data set, length, text.
+IPTC = b"\x1c\x02\x78\0\x07A storm" + b"\x1c\x02\x19\0\x03sea"
+
+
+@pytest.mark.parametrize("source", ["a.jpg", "a.tif"])
+def test_iptc_is_kept(tmp_path, source):
+    if source == "a.jpg":
+        # Photoshop's resources: a name, 8 bits of another kind, and the records.
+        body = b"8BIM\x04\x0a\0\0\0\0\0\x01\1\0" + b"8BIM\x04\x04\0\0\0\0\0\x14" + IPTC
+        body = b"Photoshop 3.0\0" + body
+        options = {"extra": b"\xff\xed" + (len(body) + 2).to_bytes(2, "big") + body}
+    else:
+        tags = Image.Exif()
+        tags[33723] = IPTC
+        options = {"exif": tags}
+    picture = read_picture(save(tmp_path / source, SMOOTH, **options))
+    assert picture.iptc == IPTC and picture.exif is None
+    for name in ("b.jpg", "b.tif"):
+        assert not write_picture(tmp_path / name, picture.rgb, picture)
+        with Image.open(tmp_path / name) as image:
+            assert IptcImagePlugin.getiptcinfo(image) == {(2, 120): b"A storm", (2, 25): b"sea"}
+        again = read_picture(tmp_path / name)
+        assert again.iptc == IPTC
+        write_picture(tmp_path / f"again-{name}", again.rgb, again)
+        assert read_picture(tmp_path / f"again-{name}").iptc == IPTC
+    for name, kind in (("b.png", "PNG"), ("b.webp", "WEBP")):
+        notes = write_picture(tmp_path / name, picture.rgb, picture)
+        assert notes == (f"{kind} holds no IPTC",)
+    long = replace(picture, iptc=IPTC + bytes(70_000))
+    assert "does not fit" in write_picture(tmp_path / "c.jpg", picture.rgb, long)[0]
+    assert read_picture(tmp_path / "c.jpg").iptc is None
+
+
+def test_iptc_declared_as_whole_numbers(tmp_path):
+    path = tmp_path / "a.tif"
+    tags = Image.Exif()
+    tags[33723] = IPTC
+    save(path, SMOOTH, exif=tags)
+    # 20 undefined bytes, as five whole numbers.
+    given, changed = (struct.pack("<HHI", 33723, *kind) for kind in ((7, 20), (4, 5)))
+    assert path.read_bytes().count(given) == 1
+    path.write_bytes(path.read_bytes().replace(given, changed))
+    assert read_picture(path).iptc == IPTC
+
+
+@pytest.mark.skipif(os.name != "posix", reason="rights of POSIX")
+def test_what_is_replaced_leaves_its_rights(tmp_path):
+    path = save(tmp_path / "a.png")
+    path.chmod(0o600)
+    write_picture(path, np.zeros((4, 4, 3)))
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert read_picture(path).rgb.shape == (4, 4, 3)
+
+
 @pytest.mark.parametrize("suffix", [".png", ".tif", ".webp"])
 @pytest.mark.parametrize("channels", [2, 4])
 def test_alpha_is_kept(tmp_path, suffix, channels):
@@ -213,9 +269,39 @@ def test_too_many_pixels(tmp_path, monkeypatch):
         read_picture(path)
 
 
-def test_damaged_exif_does_not_lose_the_picture(tmp_path):
-    path = save(tmp_path / "a.jpg", SMOOTH, exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\0\0")
-    assert read_picture(path).rgb.shape == SMOOTH.shape
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+@pytest.mark.parametrize(
+    ("change", "upright", "note"),
+    [
+        # A directory of more tags than there are bytes.
+        (lambda exif: b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\0\0", False, "and were left out"),
+        # No directory at all.
+        (lambda exif: b"Exif\0\0MM\0*", False, "and were left out"),
+        # The maker as a number: read well, but it cannot be written.
+        (
+            lambda exif: exif.replace(b"\x01\x0f\0\x02", b"\x01\x0f\0\x0b"),
+            True,
+            "and were left out",
+        ),
+        # The exposure ends early.
+        (lambda exif: exif[:-6], True, "and were kept as far as they can be read"),
+    ],
+    ids=["tags", "head", "type", "cut"],
+)
+def test_damaged_exif_does_not_lose_the_picture(tmp_path, suffix, change, upright, note):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "Maker"
+    exif.get_ifd(0x8769)[0x829A] = 0.01
+    path = save(tmp_path / f"a{suffix}", SMOOTH, exif=change(exif.tobytes()))
+    picture = read_picture(path)
+    assert picture.rgb.shape == (SMOOTH.swapaxes(0, 1) if upright else SMOOTH).shape
+    assert picture.notes == (f"the EXIF data are damaged {note}",)
+    assert (picture.exif is not None) == ("kept" in note)
+    again = tmp_path / f"b{suffix}"
+    write_picture(again, picture.rgb, picture)
+    kept = read_picture(again)
+    assert not kept.notes and kept.rgb.shape == picture.rgb.shape
+    assert (kept.exif is not None and b"Maker" in kept.exif) == ("kept" in note)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers.callbacks import SDCFGCutoffCallback
 from PIL import Image
 
 from mimdit.loading import assemble, load_pipeline
@@ -247,6 +248,14 @@ def test_strength_zero_and_callback(pipe: MiMDiTPipeline) -> None:
     out = pipe(x, generator=seeded(), callback_on_step_end=callback, output_type="np").images
     assert seen == [0, 1, 2]
     assert np.array_equal(out, np.full_like(out, 0.5))
+    empty: list[dict] = []
+    pipe(
+        x,
+        1,
+        callback_on_step_end=lambda *a: empty.append(dict(a[3])) or a[3],
+        callback_on_step_end_tensor_inputs=(),
+    )
+    assert empty == [{}]
 
 
 @pytest.mark.parametrize("fix", ["adain", "wavelet"])
@@ -279,6 +288,14 @@ def test_color_fix_moves_the_mean_to_the_input(fix: str) -> None:
         ({"experts": {"swin": 1.5}}, "experts: expected weights from 0 to 1, got 1.5 for swin"),
         ({"experts": {"swin": float("nan")}}, "experts: expected weights from 0 to 1"),
         ({"experts": {"swin": 0.7, "se": 0.7}}, "experts: .* at most 1 together, got 1.4"),
+        (
+            {"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]},
+            "callback_on_step_end_tensor_inputs: expected latents, got 'prompt_embeds'",
+        ),
+        (
+            {"callback_on_step_end": SDCFGCutoffCallback()},
+            "callback_on_step_end_tensor_inputs: expected latents, got 'prompt_embeds'",
+        ),
     ],
 )
 def test_bad_arguments(pipe: MiMDiTPipeline, options: dict, message: str) -> None:

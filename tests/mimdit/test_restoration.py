@@ -84,11 +84,15 @@ def test_files_as_the_command_line_writes_them(
         restore(Path("a.png"), Path("b.png"), model=pipe)
     restore(Path("a.png"), Path("b.png"), model=pipe, strength=0, overwrite=True)
     assert np.array_equal(read_picture("b.png").rgb, read_picture("a.png").rgb)
-    for name, words in (("none.png", "no such file"), ("model", "is a folder")):
+    names = {"none.png": "no such file", "model": "is a folder", "a" * 300: "no such file"}
+    for name, words in names.items():
         with pytest.raises(PictureError, match=words):
             restore(name, model=pipe)
     with pytest.raises(PictureError, match="cannot write"):
         restore("a.png", "b.gif", model=pipe)
+    # Known before the work, not after it.
+    with pytest.raises(PictureError, match="none: no such file or folder"):
+        restore("a.png", "none/b.png", model="no model")
     with pytest.raises(ValueError, match="got a batch of 2"):
         restore(np.zeros((2, 9, 9, 3), np.uint8), "d.png", model=pipe)
 
@@ -160,5 +164,11 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert pick_device("auto") == pick_device("cpu") == "cpu"
     for name in ("cuda:1", "mps"):
+        with pytest.raises(ValueError, match=f"device {name} is not available"):
+            pick_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [pick_device(n) for n in ("auto", "cuda", "cuda:1")] == ["cuda", "cuda", "cuda:1"]
+    for name in ("cuda:2", "gpu", "mps"):
         with pytest.raises(ValueError, match=f"device {name} is not available"):
             pick_device(name)

@@ -1,6 +1,8 @@
 import json
+import signal
 import subprocess
 import sys
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+from mimdit.cli.interrupts import Interrupts
 from mimdit.cli.restore import main
+from mimdit.loading import assemble
+from mimdit.loading import load_pipeline as load_real_pipeline
 
 # Two blocks, one picture, two groups, one of three sub-experts: [L,B,G], [L,B,G,k].
 ROUTING = {
@@ -243,6 +248,42 @@ def test_resume_writes_what_is_missing(pipe, folder, capsys):
     assert (folder.parent / "out/a.json").exists()
 
 
+def test_resume_with_other_settings_says_so(pipe, folder, capsys):
+    for name in ("a.png", "b.png"):
+        picture(folder / name)
+    command = ["-i", "in", "-o", "out", "--report", "--resume"]
+    assert main([*command, "--strength", "0.5", "--experts", "se=0.5"]) == 0
+    assert main([*command, "--strength", "0.5", "--experts", "se=0.5", "--batch-size", "2"]) == 0
+    assert not capsys.readouterr().err
+    # Of one picture the heat map is missing: its other files stay.
+    (folder.parent / "out/b_experts.png").unlink()
+    before = (folder.parent / "out/b.json").read_bytes()
+    assert main(command) == 0
+    assert capsys.readouterr().err == (
+        "note: in/a.png and 1 more: is there already, made with "
+        "experts {'se': 0.5}, strength 0.5; --overwrite makes it anew\n"
+    )
+    assert (folder.parent / "out/b.json").read_bytes() == before
+    for text in ("[]", "{", ""):
+        (folder.parent / "out/b.json").write_text(text)
+        assert main(command) == 0
+        assert "in/a.png: is there already" in capsys.readouterr().err
+
+
+def test_the_list_of_pages_is_made_up_for_when_only_it_is_missing(pipe, folder):
+    for name in ("a.png", "b.png"):
+        picture(folder / name)
+    command = ["-i", "in", "-o", "out", "--compare"]
+    assert main(command) == 0
+    page = folder.parent / "out/compare.html"
+    text = page.read_text()
+    page.unlink()
+    assert main([*command, "--resume"]) == 0
+    assert page.read_text() == text and len(pipe.calls) == 2
+    assert main(["-i", "none.png", "missing.png", "-o", "new", "--compare"]) == 1
+    assert not (folder.parent / "new").exists()
+
+
 def test_resume_beside_the_inputs_restores_no_result_again(pipe, folder):
     picture(folder / "a.png")
     command = ["-i", "in", "-o", "in", "--suffix", "_x"]
@@ -253,7 +294,7 @@ def test_resume_beside_the_inputs_restores_no_result_again(pipe, folder):
     assert names == ["a.png", "a_x.png", "b.png", "b_x.png"]
 
 
-@pytest.mark.parametrize("name", ["none.png", "none/*.png", "."])
+@pytest.mark.parametrize("name", ["none.png", "none/*.png", ".", "a.png b.png " * 30])
 def test_nothing_to_read(pipe, folder, capsys, name):
     assert main(["-i", name, "-o", "out.png"]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
@@ -305,14 +346,98 @@ def test_out_of_memory_says_what_to_do(folder, pipe, monkeypatch, capsys):
     assert "use smaller tiles" in capsys.readouterr().err
 
 
-def test_interrupt(folder, pipe, monkeypatch, capsys):
-    def stop(*_, **__):
-        raise KeyboardInterrupt
+def press_keys():
+    signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(FakePipeline, "__call__", stop)
+
+def other_error():
+    """Ctrl-C inside a library that makes an error of its own of it."""
+    try:
+        press_keys()
+    except KeyboardInterrupt:
+        raise OSError("unable to load weights") from None
+
+
+def dropped():
+    """Ctrl-C where Python cannot raise it."""
+
+    class Thing:
+        pass
+
+    thing = Thing()
+    _ = weakref.ref(thing, lambda _: press_keys())
+    del thing
+
+
+@pytest.mark.parametrize("press", [press_keys, other_error, dropped])
+@pytest.mark.parametrize("place", ["load", "picture", "write"])
+def test_interrupt(folder, pipe, monkeypatch, capsys, press, place):
+    for name in ("a.png", "b.png", "c.png"):
+        picture(folder / name)
+    home, name = {
+        "load": (sys.modules["mimdit.engine"], "accelerate"),
+        "picture": (FakePipeline, "__call__"),
+        "write": (sys.modules["mimdit.cli.work"], "write_picture"),
+    }[place]
+    usual, times = getattr(home, name), []
+
+    def stopped(*args, **options):
+        times.append(place)
+        # In the second picture; a picture with a comparison is two files.
+        if len(times) == {"load": 1, "picture": 2, "write": 4}[place]:
+            press()
+        return usual(*args, **options)
+
+    monkeypatch.setattr(home, name, stopped)
+    command = ["-i", "in", "-o", "out", "--compare"]
+    assert main(command) == 130
+    out, err = capsys.readouterr()
+    assert err == "mimdit-restore: stopped; run again with --resume to go on\n"
+    done = 0 if place == "load" else 1 + (press is dropped)
+    assert out.startswith(f"restored {done} picture") if done else not out
+    there = {p.name for p in (folder.parent / "out").glob("?.png")}
+    assert len(there) == done
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    monkeypatch.setattr(home, name, usual)
+    assert main([*command, "--resume"]) == 0
+    assert len(list((folder.parent / "out").iterdir())) == 3 * 3 + 1
+
+
+def test_interrupt_while_weights_are_read(debug_model, folder, monkeypatch, capsys):
+    """torch looks at a storage as at a sequence, and takes what that raises for "no sequence"."""
+    assemble(debug_model, 1).save_pretrained("model")
     picture(folder / "a.png")
-    assert main(["-i", "in"]) == 130
-    assert "--resume" in capsys.readouterr().err
+    usual, pressed = torch.UntypedStorage.__getitem__, []
+
+    def item(storage, place):
+        if isinstance(place, int):
+            pressed.append(place)
+            press_keys()
+        return usual(storage, place)
+
+    monkeypatch.setattr(torch.UntypedStorage, "__getitem__", item)
+    with Interrupts(), pytest.raises(OSError, match="Unable to load weights"):
+        load_real_pipeline("model")
+    assert main(["-i", "in", "--model", "model", "--device", "cpu"]) == 130
+    assert len(pressed) == 2
+    out, err = capsys.readouterr()
+    assert not out and err == "mimdit-restore: stopped; run again with --resume to go on\n"
+
+
+def test_a_job_in_the_background_ignores_ctrl_c(folder, pipe, monkeypatch):
+    picture(folder / "a.png")
+    usual = FakePipeline.__call__
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr(
+            FakePipeline,
+            "__call__",
+            lambda *a, **k: press_keys() or usual(*a, **k),
+        )
+        assert main(["-i", "in"]) == 0
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(
@@ -336,6 +461,8 @@ def test_interrupt(folder, pipe, monkeypatch, capsys):
         "-o out.png",
         "-o out.gif",
         "--unknown",
+        "-o=",
+        "-i=",
         "--experts spatial",
         "--experts spatial=2",
         "--experts =0.5",

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mimdit.loading import assemble
 from mimdit.presets import build, pixel_codec
 from training import checkpoints, loop, train
 from training.config import Settings
+from training.validation import Validator
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,7 +36,8 @@ def start(target: Callable[..., None], *arguments: Any) -> ForkServerProcess:
     return process
 
 
-def finish(process: ForkServerProcess, seconds: float = 300) -> int | None:
+def finish(process: ForkServerProcess, seconds: float = 1800) -> int | None:
+    """The exit code; the limit is for processes that hang, not for slow machines."""
     process.join(seconds)
     if process.is_alive():
         process.kill()
@@ -105,9 +108,15 @@ FAULTS = {"step": _in_a_step, "write": _while_writing, "drop": _while_dropping}
 
 
 def team(
-    rank: int, processes: int, meeting: str, settings: Settings, result: str, resume: str | None
+    rank: int,
+    processes: int,
+    meeting: str,
+    settings: Settings,
+    result: str,
+    resume: str | None,
+    make: Callable[[], Any],
 ) -> None:
-    """One of several processes that train `model64`; the first stores the final weights."""
+    """One of several processes that train a model; the first stores the final weights."""
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank),
@@ -120,7 +129,9 @@ def team(
     dist.init_process_group(
         "gloo", init_method=f"file://{meeting}", rank=rank, world_size=processes
     )
-    trained = loop.train(model64(), pixel_codec(), settings, resume)
+    model = make()
+    validator = Validator(assemble(model, 1), settings) if settings.validation_steps else None
+    trained = loop.train(model, pixel_codec(), settings, resume, validator)
     if rank == 0:
         torch.save(trained.state_dict(), result)
     dist.barrier()
@@ -128,12 +139,18 @@ def team(
 
 
 def run_team(
-    folder: Path, name: str, settings: Settings, processes: int = 2, resume: str | None = None
+    folder: Path,
+    name: str,
+    settings: Settings,
+    processes: int = 2,
+    resume: str | None = None,
+    make: Callable[[], Any] | None = None,
 ) -> Mapping[str, torch.Tensor]:
-    """The final weights of a run in several processes."""
+    """The final weights of a run in several processes; make: the model, by default `model64`."""
     meeting, result = str(folder / f"{name}-meeting"), str(folder / f"{name}-weights")
     members = [
-        start(team, rank, processes, meeting, settings, result, resume) for rank in range(processes)
+        start(team, rank, processes, meeting, settings, result, resume, make or model64)
+        for rank in range(processes)
     ]
     assert [finish(member) for member in members] == [0] * processes
     return torch.load(result, weights_only=True)
@@ -143,3 +160,8 @@ def model64() -> Any:
     """`debug` in float64; without qk norms, which round their variance to float32."""
     torch.manual_seed(0)
     return build("debug", qk_norm=None).randomize_(0).double()
+
+
+def model32() -> Any:
+    torch.manual_seed(0)
+    return build("debug").randomize_(0)

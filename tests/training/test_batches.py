@@ -1,6 +1,8 @@
 """Pictures by number: any division of the work and any place to go on gives the same ones."""
 
 import json
+import multiprocessing
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -166,6 +168,26 @@ def test_named_data_sets(tmp_path: Path) -> None:
         pairs(replace(run, data=None), 16)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_picture_is_named(workers: int, tmp_path: Path) -> None:
+    """In one sentence, also where a worker found it; the workers end, though the error is kept."""
+    for part in ("input", "target"):
+        (tmp_path / part).mkdir()
+        Image.new("RGB", (40, 48)).save(tmp_path / part / "0.png")
+    broken = tmp_path / "input/0.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    run = replace(RUN, data=str(tmp_path), dataset="folder")
+    with pytest.raises(ValueError, match="^" + re.escape(str(broken))) as error:
+        next(batches(pairs(run, 16), Schedule(run), 0, 0, workers))
+    assert "\n" not in str(error.value)
+    assert not multiprocessing.active_children()
+
+
+def test_types_need_a_data_set() -> None:
+    with pytest.raises(ValueError, match=r"--types: expected --dataset beside it .*for 05Noise"):
+        pairs(replace(RUN, types=("05Noise",)), 16)
+
+
 def test_latents_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latents, "SHARD", 3)
     run = replace(RUN, latents=str(tmp_path), latents_pairs=7)
@@ -212,4 +234,7 @@ def test_other_contents_have_other_keys(tmp_path: Path) -> None:
     keys.append(key_of(codec, run, 16))
     (tmp_path / "a.png").write_bytes(b"12")
     keys.append(key_of(codec, run, 16))
+    for line in ("a", "b"):
+        (tmp_path / "list.txt").write_text(line)
+        keys.append(key_of(codec, replace(run, data=str(tmp_path / "list.txt")), 16))
     assert len({key.digest for key in keys}) == len(keys)

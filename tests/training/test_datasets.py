@@ -14,6 +14,7 @@ from mimdit.image_io import PictureError
 from tests.training import data_folders
 from training.datasets import crops, layouts
 from training.datasets.layouts import LAYOUTS, detect, read
+from training.datasets.pairs import PackedPairs, Pair
 from training.datasets.reading import PictureFile
 from training.degrade import FOUNDIR_TYPES, kinds_of
 
@@ -71,6 +72,40 @@ def test_metadata_lines(tmp_path: Path) -> None:
     assert [fault.kind for fault in faults] == ["metadata", "metadata"]
     assert faults[0].path.endswith("meta.txt:4") and "01Blur/GT/9.png" in faults[0].message
     assert "'nonsense'" in faults[1].message
+
+
+def test_foundir_below_the_names_of_splits(tmp_path: Path) -> None:
+    root = data_folders.foundir(tmp_path / "train")
+    data_folders.foundir(tmp_path / "test", count=1)
+    assert len(read("foundir", tmp_path, "train").pairs) == 40
+    assert len(layouts.prefer("foundir", tmp_path, "test").pairs) == 20
+    # Where there are no splits, all is taken.
+    assert len(layouts.prefer("foundir", root, "train").pairs) == 40
+
+
+def test_foundir_training_set_is_not_counted_as_the_test_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = data_folders.foundir(tmp_path)
+    monkeypatch.setattr(layouts, "_FOUNDIR_TEST_AT_MOST", 39)
+    assert read("foundir", root).published == {}
+    assert read("foundir", root, "test").published == layouts.FOUNDIR_TEST
+    monkeypatch.setattr(layouts, "_FOUNDIR_TEST_AT_MOST", 40)
+    assert read("foundir", root).published == layouts.FOUNDIR_TEST
+
+
+def test_packed_pairs_are_the_same_pairs() -> None:
+    pairs = [
+        Pair("a/1", Path("/x/ä b.png"), Path("/y/1.jpg"), "a", ("blur",)),
+        Pair("b/2", Path("z/2.png"), None, "b"),
+        Pair("a/3", Path("/x/3\udcff.png"), Path("/y/3.jpg"), "a", ("blur",)),
+    ]
+    packed = PackedPairs(iter(pairs))
+    assert list(packed) == pairs and len(packed) == 3
+    assert packed[-1] == pairs[2] and packed[:2] == pairs[:2]
+    with pytest.raises(IndexError):
+        packed[3]
+    assert not list(PackedPairs([]))
 
 
 def test_hazerd_originals(tmp_path: Path) -> None:

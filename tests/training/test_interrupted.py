@@ -73,7 +73,7 @@ def test_killed_in_a_step_in_a_save_and_in_a_clean_up(tmp_path: Path, undisturbe
 def test_sigterm_saves_and_ends_well(tmp_path: Path, undisturbed: Path) -> None:
     run, begun = tmp_path / "run", server().Event()
     process = start(train_command, arguments(run), None, begun)
-    assert begun.wait(120)
+    assert begun.wait(900)
     os.kill(process.pid or 0, signal.SIGTERM)
     assert finish(process) == 0
     stopped = checkpoints.step_of(checkpoints.found(run)[-1])

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from mimdit.loading import load_pipeline
 
 ROOT = Path(__file__).parents[2]
-TORCHRUN = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-ACCELERATE = ["accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+# With --cpu accelerate starts one process only; without, --multi_gpu starts as many on a CPU, too.
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
 ACCELERATE += ["--main_process_port", "0"]
 
 
@@ -28,7 +29,7 @@ def launch(launcher: list[str], output: Path, *flags: str) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=3600,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     # The main process alone.

@@ -1,14 +1,16 @@
 """Several processes do what one does: in float64, so that only the order of sums differs."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from mimdit.presets import pixel_codec
-from tests.training.processes import model64, run_team
+from tests.training.processes import model32, model64, run_team
 from training import loop
 from training.config import Settings
 from training.loop import train
@@ -88,9 +90,53 @@ def test_crops_in_turn_are_the_same_for_two_processes(tmp_path: Path) -> None:
     assert_close(tmp_path / "one/checkpoint-5", tmp_path / "two/checkpoint-5")
 
 
-def test_sharding_names_what_it_needs(tmp_path: Path) -> None:
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def test_frozen_backbones_are_sharded_in_bfloat16(tmp_path: Path) -> None:
+    """As `paper` with `--fsdp`: both kinds of numbers in one model, passes that add up, validation
+    by all processes, and another part of the run; the losses are those of one process."""
+    Image.new("RGB", (40, 32), (90, 120, 60)).save(tmp_path / "one.png")
+    single = replace(
+        settings(tmp_path / "single", batch=4, steps=3),
+        mixed_precision="bf16",
+        train_backbone=False,
+        log_steps=1,
+    )
+    train(model32(), pixel_codec(), single)
+    shared = replace(
+        single,
+        output=str(tmp_path / "run"),
+        stages=((32, 1, 1.0),),
+        total_batch=4,
+        sharded=True,
+        validation_steps=2,
+        validation_size=32,
+        validation_data=str(tmp_path),
+    )
+    run_team(tmp_path, "part", replace(shared, steps=2), make=model32)
+    final = run_team(tmp_path, "rest", shared, resume="latest", make=model32)
+    assert losses(tmp_path / "run") == pytest.approx(
+        losses(tmp_path / "single"), rel=5e-3, abs=5e-3
+    )
+    own = model32().state_dict()
+    for name, tensor in final.items():
+        if not name.startswith("mim.") and own[name].is_floating_point():
+            assert torch.equal(tensor.float(), own[name].bfloat16().float()) or "pos" in name, name
+    assert (final["mim.zero_weight"] - own["mim.zero_weight"]).abs().max() > 1e-4
+    rows = (tmp_path / "run/validation.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [2, 3]
+
+
+def test_sharding_names_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = replace(settings(tmp_path), sharded=True)
-    with pytest.raises(ValueError, match=r"--fsdp: expected several processes .* got one"):
+    expected = "--fsdp: expected several processes .*without --cpu, .* got one alone$"
+    with pytest.raises(ValueError, match=expected):
         train(model64(), pixel_codec(), alone)
+    # A launch or configuration of accelerate with FSDP, but of one process.
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=expected):
+        train(model64(), pixel_codec(), replace(alone, sharded=False))
     with pytest.raises(ValueError, match=r"multiple of 6 \(3 processes × 2 pictures\), got 4"):
         loop.Schedule(replace(settings(tmp_path), total_batch=4), 3)

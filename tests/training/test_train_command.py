@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 from mimdit.loading import load_pipeline
+from training import ablation
 from training.config import ABLATIONS, PRESETS
 from training.flags import parser, resolve
-from training.train import main
+from training.train import main, start
 
 
 def resolved(*arguments: str) -> tuple:
@@ -113,6 +114,55 @@ def test_faults_end_the_command_with_a_sentence(
         assert text in printed[-1] and printed[-1].startswith("error: ")
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--ema-decay 1.5", "ema: expected 0 to 1, got 1.5"),
+        ("--mixtures -0.1", "mixtures: expected 0 to 1, got -0.1"),
+        ("--learning-rate nan", "learning_rate: expected at least 0, got nan"),
+        ("--max-grad-norm -1", "clip: expected at least 0, got -1.0"),
+        ("--validation-size 0", "validation_size: expected at least 1, got 0"),
+        ("--inference-steps 0", "inference_steps: expected at least 1, got 0"),
+        ("--inference-shifts 3", "inference_shifts: expected 1, 2 or 4, got 3"),
+    ],
+)
+def test_numbers_out_of_range(
+    flags: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(flags.split()) == 2
+    assert capsys.readouterr().err == f"error: {expected}\n"
+
+
+def test_out_of_memory_says_what_helps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*values: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore.")
+
+    monkeypatch.setattr("training.train.run", run)
+    assert main(["--preset", "debug", "--output", str(tmp_path)]) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: out of memory; try a smaller --train-batch-size")
+    assert printed.endswith("Tried to allocate 2 GiB.\n") and len(printed.splitlines()) == 1
+
+
+def test_what_the_model_recommends(tmp_path: Path) -> None:
+    """A preset's own, that of the model it starts from, or what was asked for."""
+    first = start(resolved("--preset", "debug")[1])
+    assert (first.config["default_steps"], first.config["default_shifts"]) == (1, 4)
+    asked = resolved("--preset", "debug", "--inference-steps", "7", "--inference-shifts", "2")[1]
+    second = start(asked)
+    second.save_pretrained(tmp_path)
+    again = start(resolved("--init", str(tmp_path))[1])
+    assert (again.config["default_steps"], again.config["default_shifts"]) == (7, 2)
+    shipped = start(resolved("--init", "tiny")[1])
+    assert shipped.transformer.dtype == torch.float32 and shipped.config["default_steps"] >= 1
+    with pytest.raises(ValueError, match=r"--init nowhere: no such model folder; expected .*tiny"):
+        start(resolved("--init", "nowhere")[1])
+    changed = start(resolved("--init", str(tmp_path), "--inference-steps", "3")[1])
+    assert (changed.config["default_steps"], changed.config["default_shifts"]) == (3, 2)
+
+
 def test_ablations_are_presets() -> None:
     assert {f"tiny-ablation-{name}" for name in ABLATIONS} <= set(PRESETS)
     for name, options in ABLATIONS.items():
@@ -133,6 +183,7 @@ def test_a_run_with_everything(tmp_path: Path) -> None:
         "--train-batch-size 2 --lr-warmup-steps 1"
     ).split()
     assert main(flags) == 0
+    assert not list((tmp_path / "run").glob(".*"))
     pipe = load_pipeline(f"{tmp_path}/run/model")
     assert pipe.transformer.config["inter"] == "sparse"
     rows = [json.loads(x) for x in (tmp_path / "run/validation.jsonl").read_text().splitlines()]
@@ -159,3 +210,17 @@ def test_a_run_with_everything(tmp_path: Path) -> None:
     assert main([*flags, "--resume-from-checkpoint", "latest", "--max-train-steps", "5"]) == 0
     state = torch.load(tmp_path / "run/checkpoint-5/optimizer.bin", weights_only=True)
     assert state["param_groups"]
+
+
+def test_an_ablation_does_not_mix_budgets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = {"noise": {"psnr": 20.0, "ssim": 0.5}}
+    monkeypatch.setattr(ablation, "run_variant", lambda *_: {"parameters": 1, "figures": figures})
+    command = ["--output", str(tmp_path), "--variants", "full", "--max-train-steps"]
+    assert ablation.main([*command, "4"]) == 0
+    assert ablation.main([*command, "4"]) == 0
+    capsys.readouterr()
+    assert ablation.main([*command, "5"]) == 1
+    expected = "has runs of other settings: expected max_train_steps 4, got max_train_steps 5; use"
+    assert expected in capsys.readouterr().err

@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 
 from mimdit.image_io import read_picture
 from training.data import clean_crop, stored, tensor, turn
-from training.datasets.layouts import LAYOUTS, default_split, read
-from training.datasets.pairs import Pair
+from training.datasets.layouts import prefer, read
+from training.datasets.pairs import PackedPairs, Pair
 from training.datasets.reading import PictureFile
 from training.degrade import degrade, kinds_of, sample_kinds
 
@@ -44,7 +44,7 @@ class CropPairs(Dataset[Item]):
             raise ValueError("pairs: expected at least one, got none")
         if alone := next((pair for pair in pairs if pair.clean is None), None):
             raise ValueError(f"pairs: expected originals, got none for {alone.damaged}")
-        self.pairs, self.size, self.seed, self.flip = tuple(pairs), size, seed, flip
+        self.pairs, self.size, self.seed, self.flip = PackedPairs(pairs), size, seed, flip
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -170,9 +170,7 @@ def training_set(
     types: only damages of these names (FoundIR's, or kinds joined by "+"). Where the data set has a
     training split and none is named, that is taken. Raises ValueError where nothing fits.
     """
-    if split is None and name in LAYOUTS:
-        split = default_split(name, path, "train")
-    listing = read(name, path, split)
+    listing = read(name, path, split) if split else prefer(name, path, "train")
     if name == "clean":
         return DegradedCrops(listing.singles, size, seed, mixtures, types)
     pairs = listing.pairs
@@ -186,7 +184,7 @@ def training_set(
 
 def evaluation_set(name: str, path: str | Path, split: str | None = None) -> WholePairs:
     """Whole pictures of the data set at `path`, of its test split where it has one."""
-    return WholePairs(read(name, path, split or default_split(name, path, "test")).pairs)
+    return WholePairs((read(name, path, split) if split else prefer(name, path, "test")).pairs)
 
 
 def _same_size(pair: Pair, clean: tuple[int, ...], damaged: tuple[int, ...]) -> None:

@@ -24,6 +24,8 @@ FOUNDIR_TEST = dict.fromkeys(FOUNDIR_TYPES, 50) | {
     "11Raindrop": 100,
     "15Lowlight_Blur": 100,
 }
+# More pairs than that are not the test set with some files too many.
+_FOUNDIR_TEST_AT_MOST = 10 * sum(FOUNDIR_TEST.values())
 REALRAIN = {"train": 784, "val": 112, "test": 224}
 UHDLL = {"train": ("training_set", 2000), "test": ("testing_set", 150)}
 # Visual ranges that HazeRD simulates of each of its 15 scenes.
@@ -35,13 +37,15 @@ CLEAN_NAMES = ("gt", "clean", "target", "targets", "sharp", "original", "high", 
 
 
 def foundir(path: Path, split: str | None) -> Listing:
-    """FoundIR: `NNName/{GT,LQ}/0001.png` for its 20 types, or a metadata file of lines
-    `01Blur/GT/0001.png, 01Blur/LQ/0001.png`. The published counts are those of the test set.
+    """FoundIR: `NNName/{GT,LQ}/0001.png` for its 20 types, also below `train`, `val` or `test`, or
+    a metadata file of lines `01Blur/GT/0001.png, 01Blur/LQ/0001.png`. The published counts are
+    those of the test set.
     """
     if path.is_file():
         return _foundir_lines(path)
     parts = []
     known = {name.lower(): name for name in FOUNDIR_TYPES}
+    path = (child(path, split) if split else None) or path
     folders = sorted(path.iterdir()) if path.is_dir() else []
     for folder in folders:
         name = known.get(folder.name.lower())
@@ -55,8 +59,11 @@ def foundir(path: Path, split: str | None) -> Listing:
     for file in sorted(path.glob("*.txt")) if parts else []:
         listed = _foundir_lines(file)
         parts.append(Listing(faults=listed.faults))
-    published = FOUNDIR_TEST if parts and split in (None, "test") else {}
-    return Listing.merge([*parts, Listing(published=published)])
+    found = Listing.merge(parts)
+    # The training set has a million, and no published numbers by type.
+    training = len(found.pairs) > _FOUNDIR_TEST_AT_MOST
+    counted = parts and (split == "test" or (split is None and not training))
+    return Listing.merge([found, Listing(published=FOUNDIR_TEST if counted else {})])
 
 
 def _foundir_lines(file: Path) -> Listing:
@@ -261,6 +268,15 @@ def read(name: str, path: str | Path, split: str | None = None) -> Listing:
         )
         raise ValueError(f"{name}: expected {layout.expected} in {path}{part}, got {got}{reason}")
     return listing
+
+
+def prefer(name: str, path: str | Path, wanted: str) -> Listing:
+    """The pairs of a split where the data set at `path` has pictures of it, else all that are
+    there; errors as of `read`."""
+    try:
+        return read(name, path, wanted)
+    except ValueError:
+        return read(name, path)
 
 
 def default_split(name: str, path: str | Path, wanted: str) -> str | None:

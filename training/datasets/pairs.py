@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import overload
+
+import numpy as np
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"})
 
@@ -63,6 +67,43 @@ class Listing:
             {group: n for part in parts for group, n in part.published.items()},
             tuple(path for part in parts for path in part.singles),
         )
+
+
+class PackedPairs(Sequence[Pair]):
+    """Pairs in three arrays, a fifth of the memory of as many objects.
+
+    Loaders that are forked share arrays; of objects each would come to hold a copy of its own,
+    since Python counts references in them.
+    """
+
+    def __init__(self, pairs: Iterable[Pair]) -> None:
+        groups: dict[tuple[str, tuple[str, ...]], int] = {}
+        texts: list[bytes] = []
+        numbers: list[int] = []
+        for pair in pairs:
+            clean = "" if pair.clean is None else str(pair.clean)
+            # No path holds a zero.
+            texts.append(os.fsencode("\0".join((pair.name, str(pair.damaged), clean))))
+            numbers.append(groups.setdefault((pair.group, pair.kinds), len(groups)))
+        self._groups, self._group = list(groups), np.array(numbers, np.int32)
+        self._ends = np.cumsum([0, *map(len, texts)])
+        self._text = np.frombuffer(b"".join(texts), np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._group)
+
+    @overload
+    def __getitem__(self, index: int) -> Pair: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Pair]: ...
+    def __getitem__(self, index: int | slice) -> Pair | list[Pair]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        place = range(len(self))[index]
+        text = self._text[self._ends[place] : self._ends[place + 1]].tobytes()
+        name, damaged, clean = os.fsdecode(text).split("\0")
+        group, kinds = self._groups[self._group[place]]
+        return Pair(name, Path(damaged), Path(clean) if clean else None, group, kinds)
 
 
 def pictures(folder: Path) -> list[Path]:
