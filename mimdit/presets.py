@@ -48,8 +48,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "tiny": _PIXEL
     | {
-        "sample_size": 64,
-        "pos_embed_max_size": 32,
+        # Pictures to 512×512 pixels in one piece.
+        "sample_size": 128,
+        "pos_embed_max_size": 64,
         "num_layers": 4,
         "attention_head_dim": 64,
         "num_attention_heads": 4,
