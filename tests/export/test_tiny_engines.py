@@ -43,7 +43,9 @@ def test_engines_of_tiny(
     )
     target = tmp_path / "engines"
     options = ["--no-check", "--precision", precision, "--trt-rtx", "--sm", ",".join(capabilities)]
-    assert main(["tiny", "--out", str(target), *options]) == 0
+    # Builders take twice as long for sides to 512.
+    sizes = ["--sizes", "64x64,256x256"]
+    assert main(["tiny", "--out", str(target), *options, *sizes]) == 0
     engines = verify(target)["engines"]["tensorrt_rtx"]
     assert set(engines) == set(names)
     runtime = trt.Runtime(trt.Logger(trt.Logger.INTERNAL_ERROR))
