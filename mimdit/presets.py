@@ -48,9 +48,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "tiny": _PIXEL
     | {
-        # Pictures to 512×512 pixels in one piece.
-        "sample_size": 128,
-        "pos_embed_max_size": 64,
+        # Pictures to 512×512 pixels in one piece, and a token more for shifted grids.
+        "sample_size": 130,
+        "pos_embed_max_size": 65,
         "num_layers": 4,
         "attention_head_dim": 64,
         "num_attention_heads": 4,
