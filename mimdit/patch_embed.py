@@ -1,5 +1,8 @@
 """The backbone's patch embedding, with positions that can be moved."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from diffusers.models.embeddings import PatchEmbed
 from torch import Tensor
 
@@ -8,6 +11,15 @@ class ShiftablePatchEmbed(PatchEmbed):
     """Diffusers' `PatchEmbed` whose crop of the position table can be moved off the centre."""
 
     offset: tuple[int, int] | None = None
+
+    @contextmanager
+    def at(self, offset: tuple[int, int] | None) -> Iterator[None]:
+        """Take the crop from this corner (top, left) of the table, or None from its centre."""
+        before, self.offset = self.offset, offset
+        try:
+            yield
+        finally:
+            self.offset = before
 
     def cropped_pos_embed(self, height: int, width: int) -> Tensor:
         if self.offset is None:

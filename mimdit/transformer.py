@@ -171,12 +171,13 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
 
     @contextmanager
     def position_offset(self, top: int, left: int) -> Iterator[None]:
-        """Take positions from this corner of the table, in tokens, instead of from its centre."""
-        self.pos_embed.offset = (top, left)
-        try:
+        """Take positions from this corner of the table, in tokens, instead of from its centre.
+
+        Routing and pooled conditions still come from the centre: the place moves the token means
+        as far as noise or blur do.
+        """
+        with self.pos_embed.at((top, left)):
             yield
-        finally:
-            self.pos_embed.offset = None
 
     def prompt(self, name: str | None = None, batch: int = 1) -> tuple[Tensor, Tensor]:
         """Stored text embeddings [B,T,C] and pooled ones [B,P]."""
@@ -203,12 +204,14 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
     @apply_forward_hook
     def pool_condition(self, lq_latents: Tensor) -> Tensor:
         """Token means (and mean squares) [L,B,d or 2d]: average over tiles, then `mim.route`."""
-        return self.mim.pool(self._embed(lq_latents))
+        return self.mim.pool(self._embed(lq_latents, centred=True))
 
     @apply_forward_hook
     def encode_condition(self, lq_latents: Tensor, routing: Routing | None = None) -> Condition:
         """m_l = ZeroLinear_l(MiM_l(PatchEmbed(z_lq) + pos)) for every block; z_lq [B,c,h,w]."""
         grid = self.grid(lq_latents)
+        if routing is None and self.pos_embed.offset is not None:
+            routing = self.mim.route(self.mim.pool(self._embed(lq_latents, centred=True)))
         z = self._embed(lq_latents)
         engine = None if torch.is_grad_enabled() else self.engine
         mim = self.mim if engine is None else engine.mixtures
@@ -217,11 +220,12 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
         found = Condition(lq_latents, tokens, Routing.cat([chosen for _, chosen in out]))
         return found if engine is None else engine.condition(found)
 
-    def _embed(self, lq_latents: Tensor) -> Tensor:
-        """PatchEmbed(z_lq) + pos, [B,K,D]."""
+    def _embed(self, lq_latents: Tensor, centred: bool = False) -> Tensor:
+        """PatchEmbed(z_lq) + pos, [B,K,D]; centred: whatever `position_offset` says."""
         # Cast last: on the scale of pixels bfloat16 would merge dark tones.
         seen = flow.observed(self.config["prediction_type"], lq_latents).to(self.dtype)
-        return self.pos_embed(seen).contiguous()
+        with self.pos_embed.at(None if centred else self.pos_embed.offset):
+            return self.pos_embed(seen).contiguous()
 
     def predict(
         self,

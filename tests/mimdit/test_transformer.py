@@ -2,6 +2,7 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 
+from mimdit.engine import accelerate
 from mimdit.presets import PRESETS, build
 from mimdit.transformer import MiMDiTTransformer2DModel
 
@@ -116,6 +117,24 @@ def test_position_offset_moves_the_crop(debug_model: MiMDiTTransformer2DModel) -
     with debug_model.position_offset(0, 0):
         assert not torch.equal(debug_model.pos_embed(z), centre)
     assert torch.equal(debug_model.pos_embed(z), centre)
+
+
+def test_routing_does_not_depend_on_the_place(debug_model: MiMDiTTransformer2DModel) -> None:
+    """The place moves the token means as far as some damages do; restoration has the centre."""
+    z = inputs()[1]
+    centre = debug_model.encode_condition(z)
+    for engine in (False, True):
+        if engine:
+            accelerate(debug_model)
+        with torch.set_grad_enabled(not engine), debug_model.position_offset(0, 0):
+            corner = debug_model.encode_condition(z)
+            pooled = debug_model.pool_condition(z)
+        torch.testing.assert_close(corner.routing.inter, centre.routing.inter)
+        torch.testing.assert_close(corner.routing.pooled, centre.routing.pooled)
+        assert torch.equal(corner.routing.index, centre.routing.index)
+        torch.testing.assert_close(debug_model.mim.route(pooled).inter, centre.routing.inter)
+        if not engine:
+            assert not torch.allclose(corner.tokens[0], centre.tokens[0], atol=1e-3)
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:

@@ -11,6 +11,7 @@ from mimdit.loading import load_pipeline
 from mimdit.presets import build, pixel_codec
 from tests.mimdit.sd35_folder import write_folder
 from training import checkpoints
+from training.batches import DrawnPairs
 from training.loop import Settings, balance_loss, sample_times, stage_of, train
 from training.optim import optimizers
 from training.train import main as train_command
@@ -45,6 +46,20 @@ def test_run_checkpoint_and_resume(tmp_path: Path) -> None:
     train(again, pixel_codec(), settings(tmp_path, 6), resume="latest")
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [4, 6]
+
+
+def test_running_means_are_those_of_pictures_at_the_centre(tmp_path: Path) -> None:
+    """As restoration has them; training draws places all over the position table."""
+    model = build("tiny", num_layers=1, mim_dim=64)
+    chosen = replace(settings(tmp_path, 12), stages=((64, 2, 1.0),), learning_rate=1e-12)
+    train(model, pixel_codec(), chosen)
+    source = DrawnPairs(64, seed=chosen.seed, mixtures=chosen.mixtures)
+    damaged = torch.stack([source[i]["damaged"] for i in range(24)])
+    with torch.no_grad():
+        pooled = model.pool_condition(pixel_codec().encode(2 * damaged - 1))
+    # Training computes them in bfloat16.
+    expected = model.mim.means(pooled).mean(1)
+    torch.testing.assert_close(model.mim.running_mean, expected, rtol=0, atol=5e-3)
 
 
 def test_matrices_of_the_blocks_go_to_muon() -> None:
