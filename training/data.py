@@ -50,6 +50,8 @@ PHOTOGRAPHS = {
 
 # Crops that get a drawn sky, and hazy pictures that are a part of a larger one.
 SKY_SHARE, PART_SHARE = 0.25, 0.4
+# Haze in a dull light darkens what is white, and takes more examples to learn.
+DULL, DULL_SHARE = (0.55, 0.75), 0.35
 
 
 def _read(path: Path) -> np.ndarray:
@@ -155,7 +157,10 @@ def drawn_pair(crops: CleanCrops, mixtures: float) -> tuple[np.ndarray, np.ndarr
         clean = next(crops)
     finally:
         crops.size = size
-    damaged, label = degrade(clean, kinds, rng)
+    fixed = {}
+    if "haze" in kinds and rng.random() < DULL_SHARE:
+        fixed["haze"] = {"airlight": float(rng.uniform(*DULL))}
+    damaged, label = degrade(clean, kinds, rng, **fixed)
     top, left = rng.integers(0, whole - size + 1, 2) if part else (0, 0)
     inner = (slice(top, top + size), slice(left, left + size))
     return clean[inner], stored(damaged[inner]), label

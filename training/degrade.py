@@ -166,10 +166,10 @@ FOUNDIR_TYPES: dict[str, tuple[str, ...]] = {
 
 SINGLE_WEIGHTS = {
     "noise": 1.0,
-    "haze": 1.5,
-    "rain": 1.0,
+    "haze": 2.0,
+    "rain": 1.5,
     "low_light": 1.0,
-    "blur": 1.5,
+    "blur": 1.0,
     "raindrop": 0.4,
     "jpeg": 0.4,
 }

@@ -177,6 +177,16 @@ def test_pairs_are_seeded(size: int) -> None:
     )
 
 
+def test_training_sees_more_of_dull_haze() -> None:
+    """Airlights below 0.75 are 0.43 of the range; a share of the draws takes no others."""
+    crops = data.CleanCrops(4, np.random.default_rng(0), procedural_share=1.0)
+    labels = (data.drawn_pair(crops, mixtures=0.25)[2] for _ in range(2000))
+    found = [float(x.parameters["haze"]["airlight"]) for x in labels if "haze" in x.kinds]
+    assert len(found) > 300
+    expected = data.DULL_SHARE + (1 - data.DULL_SHARE) * 0.15 / 0.35
+    assert sum(a < 0.75 for a in found) / len(found) == pytest.approx(expected, abs=0.08)
+
+
 def test_user_folder(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     Image.new("L", (20, 30), 200).save(tmp_path / "deep" / "one.JPG")
