@@ -5,16 +5,13 @@ compute what the reference does. One JSON line a row, and a table. The model is 
 weights whose modulations do not depend on the picture, so that all transformations apply.
 """
 
-import argparse
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from datetime import date
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,11 +20,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import machine, measure
+from bench.arguments import parser
 from bench.inputs import make_inputs
 from bench.latency import TOLERANCE
 from bench.latency_times import failed, percentiles
 from bench.rows import Row, RowFile
 from bench.variants import Variant, reference, with_engine
+from export.checks import relative_error
 from mimdit.engine import Engine
 from mimdit.engine.step import Block, Joint
 from mimdit.loading import PRECISIONS, assemble
@@ -170,7 +169,7 @@ def run(
     device, seen = given.x.device, given.seen.to(model.dtype)
     variants, left = ablations(model, given.z)
     judge = variants[-1]
-    wanted = judge.step(seen, given.t, judge.encode(given.z)).float()
+    wanted = judge.step(seen, given.t, judge.encode(given.z))
     fixed = {
         "bench": "ablation",
         "model": label,
@@ -186,8 +185,7 @@ def run(
         row = rows[v.name] = fixed | {"variant": v.name, "rel_err": None, "parity": None}
         try:
             with v.sampling(given.t):
-                error = v.step(seen, given.t, v.encode(given.z)).float() - wanted
-            relative = (error.square().mean() / wanted.square().mean()).sqrt().item()
+                relative = relative_error(v.step(seen, given.t, v.encode(given.z)), wanted)
             row |= {"rel_err": relative, "parity": relative <= TOLERANCE[model.dtype]}
         # Whatever stops a variant must not stop the others.
         except Exception as fault:
@@ -232,16 +230,11 @@ def table(rows: Sequence[Row]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     gpu = torch.cuda.is_available()
-    p = argparse.ArgumentParser(prog="python -m bench.ablation", description=__doc__)
-    p.add_argument("--model", default="sd35-medium" if gpu else "tiny", choices=list(PRESETS))
+    p = parser("ablation", __doc__, list(PRESETS))
     p.add_argument("--size", type=int, default=512 if gpu else 256, help="pixels")
     p.add_argument("--steps", type=int, default=40, help="of a picture (default 40)")
     p.add_argument("--runs", type=int, default=30 if gpu else 5)
     p.add_argument("--warmup", type=int, default=10 if gpu else 1)
-    p.add_argument("--device", default="cuda" if gpu else "cpu")
-    p.add_argument("--precision", default="bf16" if gpu else "fp32", choices=list(PRECISIONS))
-    default = Path("bench/results") / f"ablation-{date.today().isoformat()}.jsonl"
-    p.add_argument("--out", type=Path, default=default, help=f"JSON lines (default {default})")
     enough = "after which only three runs of each variant are taken (default: no limit)"
     p.add_argument("--seconds", type=float, default=math.inf, help=enough)
     args = p.parse_args(argv)

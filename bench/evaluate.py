@@ -28,7 +28,7 @@ from mimdit.errors import first_line
 from mimdit.image_io import read_picture, write_bytes, write_picture
 from mimdit.metrics import STANDARD, load_metrics
 from mimdit.pipeline import MiMDiTPipeline
-from training.datasets.layouts import SPLITS, default_split, paired, read
+from training.datasets.layouts import SPLITS, paired, prefer
 from training.datasets.pairs import Listing, Pair
 
 PRESETS = ("foundir", "4krd", "hazerd", "realrain", "uhdll", "folder")
@@ -168,16 +168,12 @@ def _pairs(args: argparse.Namespace) -> list[Pair]:
             got = f"got none in {args.data} and {args.originals}"
             raise ValueError(f"folder: expected pictures of the same names, {got}")
     else:
-        listing = read(args.dataset, args.data, _split(args))
+        listing = prefer(args.dataset, args.data, "test", args.split)
     _note(listing)
     groups: dict[str, list[Pair]] = {}
     for pair in listing.pairs:
         groups.setdefault(pair.group, []).append(pair)
     return [pair for group in groups.values() for pair in group[: args.limit]]
-
-
-def _split(args: argparse.Namespace) -> str | None:
-    return args.split or default_split(args.dataset, args.data, "test")
 
 
 def _note(listing: Listing) -> None:

@@ -8,29 +8,28 @@ latents to latents, conditioning included; encoding and decoding it are stages o
 JSON line a row, which is there as soon as it is measured, and a plot.
 """
 
-import argparse
 import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import date
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from bench import machine, measure
+from bench.arguments import parser
 from bench.inputs import Inputs, load, make_inputs
 from bench.latency_tables import stages, table, thresholds
 from bench.latency_times import failed, time_variants
 from bench.plots import latency_plot
 from bench.rows import Row, RowFile
 from bench.variants import CACHED, MAKERS, Variant, variants_of
+from export.checks import GATES, relative_error
 from mimdit.loading import PRECISIONS
 from mimdit.pipeline import MiMDiTPipeline
 
-# Relative error of a step's raw output (root mean square) that a variant may have.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+# Relative error of a step's raw output that a variant may have.
+TOLERANCE = {PRECISIONS[name]: gate for name, gate in GATES.items()}
 # Compiling for a CPU takes minutes; only where it is asked for.
 COMPILED = ("engine-compile", "backbone-compiled")
 
@@ -128,9 +127,8 @@ def _checked(
     model, z, t = pipe.transformer, given.z, given.t
     condition = variant.encode(z)
     found = variant.step(seen, t, condition).float()
-    error = found - wanted
-    relative = (error.square().mean() / wanted.square().mean()).sqrt().item()
-    largest = error.abs().max().item()
+    relative = relative_error(found, wanted)
+    largest = (found - wanted).abs().max().item()
     exact = variant.equal and not variant.approximate
     within = relative <= TOLERANCE[model.dtype]
     counted = variant.counted or variant.step
@@ -156,15 +154,12 @@ def _checked(
 
 def main(argv: Sequence[str] | None = None) -> int:
     gpu = torch.cuda.is_available()
-    p = argparse.ArgumentParser(prog="python -m bench.latency", description=__doc__)
-    p.add_argument("--model", default="sd35-medium" if gpu else "tiny", help="preset or folder")
+    p = parser("latency", __doc__)
     p.add_argument("--sizes", type=int, nargs="+", default=[512, 1024] if gpu else [256])
     p.add_argument("--steps", type=int, default=40, help="of a picture (default 40)")
     p.add_argument("--batch", type=int, default=1, help="pictures at once (default 1)")
     p.add_argument("--runs", type=int, default=30 if gpu else 5, help="timed runs of each variant")
     p.add_argument("--warmup", type=int, default=10 if gpu else 1)
-    p.add_argument("--device", default="cuda" if gpu else "cpu")
-    p.add_argument("--precision", default="bf16" if gpu else "fp32", choices=list(PRECISIONS))
     names = ", ".join(MAKERS)
     p.add_argument("--variants", nargs="+", choices=list(MAKERS), metavar="NAME", help=names)
     wanted = "of the first-block cache: each beside the engine, in a table of their own"
@@ -173,8 +168,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--seconds", type=float, default=math.inf, help=enough)
     cpu = "count CPU time instead, on a CPU with one thread: other work there matters less"
     p.add_argument("--cpu-time", action="store_true", help=cpu)
-    default = Path("bench/results") / f"latency-{date.today().isoformat()}.jsonl"
-    p.add_argument("--out", type=Path, default=default, help=f"JSON lines (default {default})")
     args = p.parse_args(argv)
     names, missing = default_variants(args.device)
     if args.variants or args.thresholds:

@@ -5,25 +5,23 @@ step with and without the engine; where the latents differ there is no speed. Pi
 whole, encoding and decoding included. One JSON line a row, and a table.
 """
 
-import argparse
 import math
 import sys
 import time
 from collections.abc import Sequence
-from datetime import date
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from bench import machine, measure
+from bench.arguments import parser
 from bench.inputs import load
 from bench.latency import TOLERANCE
 from bench.latency_times import failed, percentiles
 from bench.rows import Row, RowFile
+from export.checks import relative_error
 from mimdit.codec import codec_factor
 from mimdit.engine import accelerate
-from mimdit.loading import PRECISIONS
 from mimdit.pipeline import MiMDiTPipeline
 
 
@@ -46,10 +44,9 @@ def measured(
         return pipe(picture, **options).images  # pyright: ignore[reportCallIssue]
 
     accelerate(pipe, enabled=False)
-    wanted = restored(1, "latent").float()
+    wanted = restored(1, "latent")
     accelerate(pipe)
-    error = restored(1, "latent").float() - wanted
-    relative = (error.square().mean() / wanted.square().mean()).sqrt().item()
+    relative = relative_error(restored(1, "latent"), wanted)
     plan = pipe.plan(side, side, num_inference_steps=steps)
     row: Row = {
         "rel_err": relative,
@@ -89,19 +86,14 @@ def table(rows: Sequence[Row]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     gpu = torch.cuda.is_available()
-    p = argparse.ArgumentParser(prog="python -m bench.tiles", description=__doc__)
-    p.add_argument("--model", default="sd35-medium" if gpu else "tiny", help="preset or folder")
+    p = parser("tiles", __doc__)
     sizes = [1, 4, 16] if gpu else [0.25, 1]
     p.add_argument("--megapixels", type=float, nargs="+", default=sizes, help=f"(default {sizes})")
     p.add_argument("--steps", type=int, default=40 if gpu else 1)
     p.add_argument("--runs", type=int, default=5, help="timed runs of each size (default 5)")
     p.add_argument("--warmup", type=int, default=0, help="beside the run for memory (default 0)")
-    p.add_argument("--device", default="cuda" if gpu else "cpu")
-    p.add_argument("--precision", default="bf16" if gpu else "fp32", choices=list(PRECISIONS))
     enough = "after which only three runs of a size are taken (default: no limit)"
     p.add_argument("--seconds", type=float, default=math.inf, help=enough)
-    default = Path("bench/results") / f"tiles-{date.today().isoformat()}.jsonl"
-    p.add_argument("--out", type=Path, default=default, help=f"JSON lines (default {default})")
     args = p.parse_args(argv)
     if min(args.megapixels) <= 0:
         p.error(f"--megapixels: expected numbers above 0, got {min(args.megapixels):g}")

@@ -5,24 +5,22 @@ for, as `bench.predict` counts them, and each kind of kernel by time. What no ke
 step's time, measured without the profiler, are gaps.
 """
 
-import argparse
 import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from datetime import date
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import machine, measure
+from bench.arguments import parser
 from bench.inputs import load, make_inputs
 from bench.latency import TOLERANCE
 from bench.predict import predict, work_of
 from bench.rows import Row, RowFile
 from bench.variants import variants_of
-from mimdit.loading import PRECISIONS
+from export.checks import relative_error
 from mimdit.pipeline import MiMDiTPipeline
 from mimkernels.devices import DEVICES
 
@@ -45,11 +43,10 @@ def run(pipe: MiMDiTPipeline, label: str, size: int, runs: int, warmup: int) -> 
     device, given = model.device, make_inputs(pipe, size, 1)
     seen, t = given.seen.to(model.dtype), given.t
     (judge, engine), _ = variants_of(model, given.z, ["reference", "engine"])
-    wanted = judge.step(seen, t, judge.encode(given.z)).float()
+    wanted = judge.step(seen, t, judge.encode(given.z))
     condition = engine.encode(given.z)
     with engine.sampling(t):
-        error = engine.step(seen, t, condition).float() - wanted
-        relative = (error.square().mean() / wanted.square().mean()).sqrt().item()
+        relative = relative_error(engine.step(seen, t, condition), wanted)
 
         def step() -> Any:
             return engine.step(seen, t, condition)
@@ -129,15 +126,10 @@ def table(rows: Sequence[Row], most: int = 25) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     gpu = torch.cuda.is_available()
-    p = argparse.ArgumentParser(prog="python -m bench.trace", description=__doc__)
-    p.add_argument("--model", default="sd35-medium" if gpu else "tiny", help="preset or folder")
+    p = parser("trace", __doc__)
     p.add_argument("--sizes", type=int, nargs="+", default=[512, 1024] if gpu else [256])
     p.add_argument("--runs", type=int, default=10 if gpu else 3, help="steps in the trace")
     p.add_argument("--warmup", type=int, default=5 if gpu else 1)
-    p.add_argument("--device", default="cuda" if gpu else "cpu")
-    p.add_argument("--precision", default="bf16" if gpu else "fp32", choices=list(PRECISIONS))
-    default = Path("bench/results") / f"trace-{date.today().isoformat()}.jsonl"
-    p.add_argument("--out", type=Path, default=default, help=f"JSON lines (default {default})")
     args = p.parse_args(argv)
     pipe = load(args.model, args.device, args.precision)
     parity = True

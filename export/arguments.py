@@ -4,7 +4,8 @@ import argparse
 import re
 from pathlib import Path
 
-from mimdit.cli.arguments import new_parser, number
+from mimdit.cli.arguments import new_parser
+from mimdit.cli.ranges import number
 
 _EPILOG = """examples:
   mimdit-export --out tiny-onnx

@@ -50,7 +50,7 @@ class Check:
 
 def relative_error(a: np.ndarray | Tensor, b: Tensor) -> float:
     """‖a − b‖/‖b‖; of a zero reference ‖a‖. NaN where the shapes differ."""
-    wide, found = b.detach().double().cpu(), torch.as_tensor(a).double()
+    wide, found = b.detach().double().cpu(), torch.as_tensor(a).double().cpu()
     if found.shape != wide.shape:
         return math.nan
     return float((found - wide).norm() / (wide.norm() if wide.norm() > 0 else 1))

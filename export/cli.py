@@ -7,8 +7,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,11 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Read when diffusers is first imported.
     for variable in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
         os.environ.setdefault(variable, "error")
-    interrupts = Interrupts()
+    # SIGTERM cleans up as Ctrl-C does.
+    interrupts = Interrupts(signal.SIGTERM)
     try:
         for name in ("onnx", "onnxscript", "onnxruntime"):
             library(name)
-        with warnings.catch_warnings(), Stages() as stages, _terminable(), interrupts:
+        with warnings.catch_warnings(), Stages() as stages, interrupts:
             if not args.debug:
                 warnings.simplefilter("ignore")
             done = export(args, stages) if args.out is not None else check(args, stages)
@@ -115,25 +115,6 @@ def check(args: argparse.Namespace, progress: Callable[[str], None]) -> "Export"
 def _named(folder: Path) -> Path:
     """A path with a name of its own, beside which others can lie: "." has none."""
     return folder if folder.name not in ("", "..") else folder.resolve()
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM cleans up as Ctrl-C does."""
-
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:
-        # Only the main thread may.
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def load(name: str, precision: str) -> Any:

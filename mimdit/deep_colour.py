@@ -19,10 +19,10 @@ _ROWS = 256
 _WIDTH, _BITS, _SHORT = 256, 258, 3
 
 
-def deep_planes(image: ImageFile.ImageFile, path: Path) -> np.ndarray | None:
+def deep_planes(image: ImageFile.ImageFile, source: Path | io.BytesIO) -> np.ndarray | None:
     """Planes float32 [H, W, 2..4] in [0, 1] of an opened, not yet decoded 16-bit picture.
 
-    None for any other picture. `path` is opened a second time.
+    None for any other picture. `source`, which it was opened from, is opened a second time.
 
     Pillow has no such mode: it unpacks the high byte of each value. Told the other byte order it
     unpacks the low byte, so two passes give the whole value.
@@ -37,7 +37,7 @@ def deep_planes(image: ImageFile.ImageFile, path: Path) -> np.ndarray | None:
     name, _, order = str(raw).partition(";16")
     if name not in ("RGB", "RGBA") or order not in ("L", "B", "N"):
         return None
-    with Image.open(path, formats=(image.format or "",)) as again:
+    with Image.open(source, formats=(image.format or "",)) as again:
         _set_raw_mode(again, f"{name};16{_SWAPPED[_NATIVE if order == 'N' else order]}")
         low = np.asarray(again)
     return _joined(np.asarray(image), low)
@@ -61,7 +61,7 @@ def _set_raw_mode(image: ImageFile.ImageFile, raw: str) -> None:
 def encode_deep_png(pixels: np.ndarray, options: Mapping[str, Any]) -> bytes:
     """PNG of uint16 [H, W, 2..4], which Pillow cannot write (PNG specification, ISO 15948).
 
-    options: Pillow's icc_profile, exif, xmp and dpi.
+    options: Pillow's icc_profile, exif, dpi and pnginfo.
     """
     height, width, channels = pixels.shape
     colour_type = {2: 4, 3: 2, 4: 6}[channels]
@@ -78,8 +78,9 @@ def encode_deep_png(pixels: np.ndarray, options: Mapping[str, Any]) -> bytes:
         PngImagePlugin.putchunk(buffer, b"pHYs", b"".join(per_metre) + b"\1")
     if "exif" in options:
         PngImagePlugin.putchunk(buffer, b"eXIf", options["exif"].removeprefix(b"Exif\0\0"))
-    if "xmp" in options:
-        for kind, data, *_ in xmp_chunk(options["xmp"]).chunks:
+    for kind, data, *_ in options["pnginfo"].chunks:
+        # A picture has a profile or this chunk.
+        if kind != b"sRGB" or "icc_profile" not in options:
             PngImagePlugin.putchunk(buffer, kind, data)
     # Differences to the row above, some rows at a time.
     packer, before, parts = zlib.compressobj(), np.zeros((1, width * channels * 2), np.uint8), []
@@ -95,13 +96,6 @@ def encode_deep_png(pixels: np.ndarray, options: Mapping[str, Any]) -> bytes:
             PngImagePlugin.putchunk(buffer, b"IDAT", part)
     PngImagePlugin.putchunk(buffer, b"IEND")
     return buffer.getvalue()
-
-
-def xmp_chunk(xmp: bytes) -> PngImagePlugin.PngInfo:
-    """An XMP packet as PNG keeps it: a text chunk of this name (XMP specification, part 3)."""
-    info = PngImagePlugin.PngInfo()
-    info.add_itxt("XML:com.adobe.xmp", xmp.decode("utf-8", "replace"))
-    return info
 
 
 def encode_deep_tiff(pixels: np.ndarray, options: Mapping[str, Any]) -> bytes:

@@ -5,23 +5,23 @@ bit depth) travels beside them in a `Picture` and is written back.
 """
 
 import glob
-import io
 import os
 import secrets
 import shutil
 import warnings
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from mimdit.colour_space import SPACES, to_srgb
-from mimdit.deep_colour import deep_planes, encode_deep_png, encode_deep_tiff, xmp_chunk
+from mimdit.deep_colour import deep_planes
+from mimdit.encoding import encode, quantised
 from mimdit.errors import first_line
-from mimdit.metadata import look, metadata_options, read_metadata, turn
+from mimdit.metadata import Metadata, look, metadata_options, read_metadata, turn
+from mimdit.picture import Picture, PictureError
+from mimdit.png_chunks import other_than_srgb, read_chunks
 
 WRITE_FORMATS = (
     {".png": "PNG", ".webp": "WEBP", ".bmp": "BMP"}
@@ -34,46 +34,9 @@ READ_SUFFIXES = frozenset(WRITE_FORMATS) | {".gif", ".pgm", ".ppm", ".avif"}
 _OPEN_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")
 _ALPHA_FORMATS = ("PNG", "WEBP", "TIFF")
 _DEEP_FORMATS = ("PNG", "TIFF")
-# Rows that are turned into whole numbers at once.
-_ROWS = 256
 _GRAY_MODES = ("1", "L", "LA", "La")
 # The longest side that a format can hold.
 _SIDES = {"WEBP": 16383, "JPEG": 65500}
-
-
-class PictureError(ValueError):
-    """A picture that cannot be read, written or found; the message is one sentence for a user."""
-
-
-@dataclass(frozen=True, eq=False)
-class Picture:
-    """A decoded picture and what has to be written back with it.
-
-    Attributes:
-        rgb: float32 [H, W, 3] in [0, 1], upright (EXIF orientation applied).
-        alpha: float32 [H, W] in [0, 1], or None.
-        bits: 8 or 16, the depth of one channel in the file.
-        icc: the ICC profile, or None.
-        exif: an EXIF block with the orientation reset to upright, or None.
-        gray: whether the file holds one gray channel; `rgb` then repeats it.
-        format: Pillow's name of the format, such as "PNG", whatever the suffix says.
-        xmp: an XMP packet with the orientation reset to upright, or None.
-        dpi: dots per inch (across, down), or None.
-        notes: what reading changed or left out, in words for a user.
-        iptc: IPTC records (captions, keywords, rights), or None.
-    """
-
-    rgb: np.ndarray
-    alpha: np.ndarray | None = None
-    bits: int = 8
-    icc: bytes | None = None
-    exif: bytes | None = None
-    gray: bool = False
-    format: str = "PNG"
-    xmp: bytes | None = None
-    dpi: tuple[float, float] | None = None
-    notes: tuple[str, ...] = ()
-    iptc: bytes | None = None
 
 
 def read_picture(path: str | Path) -> Picture:
@@ -99,9 +62,9 @@ def read_picture(path: str | Path) -> Picture:
     except (PictureError, MemoryError):
         raise
     except Image.DecompressionBombError:
-        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
         raise PictureError(
-            f"{path}: more than {limit} million pixels; cut it into smaller pictures first"
+            f"{path}: more than {limit:.4g} million pixels; cut it into smaller pictures first"
         ) from None
     except UnidentifiedImageError:
         raise PictureError(
@@ -122,8 +85,9 @@ def write_picture(
     """Write a picture whole or not at all; the suffix of `path` picks the format.
 
     Alpha goes to PNG, WebP and TIFF; profile, EXIF and XMP to everything but BMP; IPTC to JPEG and
-    TIFF; resolution to everything but WebP; 16 bits to PNG and TIFF. A colour profile that does not
-    fit the written channels is left out.
+    TIFF; resolution to everything but WebP; 16 bits to PNG and TIFF; comments to JPEG and PNG; the
+    texts of a PNG to PNG, and those that EXIF has a tag for to JPEG, WebP and TIFF. A colour
+    profile that does not fit the written channels is left out.
 
     Args:
         path: file to write or replace.
@@ -166,7 +130,7 @@ def write_picture(
         notes.append(
             "16-bit gray with transparency was written as colour, which more programs read"
         )
-    pixels = _quantised(planes, *((65535, np.uint16) if deep else (255, np.uint8)))
+    pixels = quantised(planes, *((65535, np.uint16) if deep else (255, np.uint8)))
     icc = like.icc
     if icc is not None and kind == "BMP":
         icc, notes = None, [*notes, "BMP holds no colour profile"]
@@ -174,9 +138,21 @@ def write_picture(
         space = b"GRAY" if pixels.shape[2] < 3 and kind != "WEBP" else b"RGB "
         if icc[16:20] != space:
             icc, notes = None, [*notes, "the colour profile is of other channels and was left out"]
+    if icc is None and kind != "PNG" and other_than_srgb(like.colours):
+        names = " and ".join(name.decode() for name, _ in like.colours)
+        notes.append(f"{kind} holds no {names}, which say what the colours are; they may shift")
     try:
-        options, lost = metadata_options(kind, like.exif, like.xmp, like.dpi, like.iptc)
-        write_bytes(path, _encode(pixels, kind, icc, options, quality))
+        held = Metadata(
+            like.exif,
+            like.xmp,
+            like.dpi,
+            iptc=like.iptc,
+            texts=like.texts,
+            colours=like.colours,
+            comments=like.comments,
+        )
+        options, lost = metadata_options(kind, held)
+        write_bytes(path, encode(pixels, kind, icc, options, quality))
     except (OSError, ValueError, RuntimeError) as error:
         raise PictureError(f"{path}: cannot be written ({_reason(error)})") from error
     return (*notes, *lost)
@@ -263,13 +239,15 @@ def _decode(path: Path) -> Picture:
     formats = [name for name in _OPEN_FORMATS if name in Image.OPEN]
     # Pillow warns about odd metadata of pictures that it decodes well.
     listen = warnings.catch_warnings(record=True, action="always")
-    with listen as caught, Image.open(path, formats=formats) as image:
+    chunks = read_chunks(path)
+    source = chunks.sound or path
+    with listen as caught, Image.open(source, formats=formats) as image:
         if 0 in image.size:
             raise PictureError(f"{path}: has no pixels; copy or download it again")
         form, notes = image.format or "", []
         opened = look(image)
         icc = image.info.get("icc_profile") or None
-        planes, bits = deep_planes(image, path), 16
+        planes, bits = deep_planes(image, source), 16
         if planes is None and image.mode in SPACES:
             rgb, icc, note = to_srgb(image, icc)
             planes, bits, notes = _planes(path, rgb), 8, [note]
@@ -279,7 +257,7 @@ def _decode(path: Path) -> Picture:
         # Only now: a PNG may hold its EXIF behind the pixels, and a TIFF is turned when decoded.
         known = read_metadata(image, opened, caught)
         icc = image.info.get("icc_profile") or icc if image.mode not in SPACES else icc
-    notes += known.notes
+    notes += [*known.notes, *chunks.notes]
     if known.frames > 1:
         notes.append(f"holds {known.frames} pictures (frames or pages); only the first is restored")
     upright = np.ascontiguousarray(turn(planes, known.orientation), dtype=np.float32)
@@ -290,7 +268,20 @@ def _decode(path: Path) -> Picture:
     # A view of the colours would keep alpha a second time.
     rgb = rgb[..., :3].copy() if rgb.shape[2] > 3 else rgb
     return Picture(
-        rgb, alpha, bits, icc, known.exif, gray, form, known.xmp, known.dpi, (*notes,), known.iptc
+        rgb,
+        alpha,
+        bits,
+        icc,
+        known.exif,
+        gray,
+        form,
+        known.xmp,
+        known.dpi,
+        (*notes,),
+        known.iptc,
+        chunks.texts,
+        chunks.colours,
+        known.comments,
     )
 
 
@@ -312,37 +303,6 @@ def _planes(path: Path, image: Image.Image) -> np.ndarray:
     values = np.asarray(image.convert(mode)).astype(np.float32)
     values /= 255
     return values.reshape(*values.shape[:2], -1)
-
-
-def _quantised(planes: np.ndarray, top: int, dtype: Any) -> np.ndarray:
-    """Values in [0, 1] as whole numbers up to `top`, some rows at a time."""
-    out = np.empty(planes.shape, dtype)
-    for start in range(0, len(planes), _ROWS):
-        rows = slice(start, start + _ROWS)
-        out[rows] = np.rint(planes[rows].clip(0, 1) * top)
-    return out
-
-
-def _encode(
-    pixels: np.ndarray, kind: str, icc: bytes | None, options: dict[str, Any], quality: int
-) -> bytes:
-    options = options | {
-        "JPEG": {"quality": quality, "subsampling": 0},
-        "WEBP": {"quality": quality, "exact": True},
-        # Pillow's compressed TIFFs lose the directories inside EXIF (exposure, position).
-        "TIFF": {} if "exif" in options else {"compression": "tiff_adobe_deflate"},
-    }.get(kind, {})
-    if icc is not None:
-        options["icc_profile"] = icc
-    if pixels.dtype == np.uint16 and pixels.shape[2] > 1:
-        encode = encode_deep_png if kind == "PNG" else encode_deep_tiff
-        return encode(pixels, options)
-    if kind == "PNG" and "xmp" in options:
-        options["pnginfo"] = xmp_chunk(options.pop("xmp"))
-    buffer = io.BytesIO()
-    plane = pixels[..., 0] if pixels.shape[2] == 1 else pixels
-    Image.fromarray(plane).save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def _reason(error: Exception) -> str:

@@ -1,5 +1,6 @@
-"""What comes with a picture's pixels: EXIF, XMP, IPTC, resolution, how many pictures there are."""
+"""What comes with a picture's pixels: EXIF, XMP, IPTC, texts, resolution, how many there are."""
 
+import math
 import re
 import struct
 import warnings
@@ -10,12 +11,14 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFile
 
+from mimdit.png_chunks import Chunk, png_info, words
+
 _ORIENTATION = 0x0112
 # From this orientation on the axes are swapped.
 _SWAPPED = 5
-_EXIF_IFD = 0x8769
-# Width and height of the photograph, in the directory of its exposure.
-_SIZE_TAGS = (0xA002, 0xA003)
+_EXIF_IFD, _GPS_IFD, _INTEROP_IFD = 0x8769, 0x8825, 0xA005
+# Width and height of the photograph, in the directory of its exposure; dots across and down.
+_SIZE_TAGS, _DOTS_TAGS = (0xA002, 0xA003), (0x011A, 0x011B)
 _XMP_TAG = 700
 # IPTC records in a TIFF, and among the resources that Photoshop keeps in a JPEG.
 _IPTC_TAG, _IPTC_RESOURCE = 33723, 0x0404
@@ -31,6 +34,12 @@ _XMP_ORIENTATION = re.compile(rb"(tiff:Orientation(?:=[\"']|>)\s*)[2-8]")
 # One JPEG segment holds at most 65,533 bytes, XMP's name included.
 _SEGMENT = 65533
 _XMP_SEGMENT = _SEGMENT - len(b"http://ns.adobe.com/xap/1.0/\0")
+# Names of PNG texts (ISO 15948, 11.3.3.2) and the EXIF tags for the same (Exif 3.0, 4.6.5).
+_TEXT_TAGS = {"Description": 270, "Software": 305, "Author": 315, "Copyright": 33432}
+# What a tag takes in an EXIF block besides its text, with what surrounds the first.
+_ENTRY = 40
+# Names of lost texts that a note gives.
+_NAMED = 3
 # What Pillow warns of where it leaves a tag out, or all that follow it.
 _LEFT_OUT = re.compile(
     "corrupt EXIF data|Truncated File Read|Tag data larger than file|Tag offset too large", re.I
@@ -42,7 +51,8 @@ class Metadata:
     """Of an upright picture: an EXIF block, an XMP packet, dots per inch (across, down).
 
     orientation: what it was, the value of EXIF tag 0x0112. frames: pictures in the file. notes:
-    what could not be read, in words for a user. iptc: IPTC records.
+    what could not be read, in words for a user. iptc: IPTC records. texts, colours: chunks of a
+    PNG. comments: of a JPEG or GIF.
     """
 
     exif: bytes | None = None
@@ -52,6 +62,16 @@ class Metadata:
     frames: int = 1
     notes: tuple[str, ...] = ()
     iptc: bytes | None = None
+    texts: tuple[Chunk, ...] = ()
+    colours: tuple[Chunk, ...] = ()
+    comments: tuple[bytes, ...] = ()
+
+
+class _Words(str):
+    """Text of an EXIF block, as bytes what it was: Pillow reads Latin-1 and writes ASCII."""
+
+    def encode(self, encoding: str = "latin-1", errors: str = "strict") -> bytes:
+        return super().encode("latin-1")
 
 
 @dataclass(frozen=True)
@@ -70,17 +90,26 @@ def read_metadata(
     caught: the list of warnings since the file was opened, which grows while this reads.
     """
     exif, orientation, sound = _exif(image, opened.swaps)
-    notes = ()
+    notes: tuple[str, ...] = ()
     if not sound or any(_LEFT_OUT.search(str(each.message)) for each in caught):
         kept = "were left out" if exif is None else "were kept as far as they can be read"
         notes = (f"the EXIF data are damaged and {kept}",)
     xmp = image.info.get("xmp")
     xmp = xmp.encode() if isinstance(xmp, str) else xmp
     xmp = _XMP_ORIENTATION.sub(rb"\g<1>1", xmp) if isinstance(xmp, bytes) and xmp else None
-    dpi = _resolution(image.info.get("dpi"))
+    aspect = image.info.get("aspect", ())
+    if image.info.get("jfif_unit") == 0:
+        aspect = image.info.get("jfif_density", ())
+    if len(set(aspect)) > 1:
+        notes += (f"its pixels are not square ({aspect[0]}:{aspect[1]}), which is not kept",)
+    # Of a TIFF without one Pillow says 1.
+    known = _DOTS_TAGS[0] in getattr(image, "tag_v2", _DOTS_TAGS)
+    dpi = _resolution(image.info.get("dpi")) if known else None
     if dpi is not None and (opened.swaps or orientation >= _SWAPPED):
         dpi = dpi[1], dpi[0]
-    return Metadata(exif, xmp, dpi, orientation, opened.frames, notes, _iptc(image))
+    iptc, comments = _iptc(image), _comments(image)
+    frames = opened.frames
+    return Metadata(exif, xmp, dpi, orientation, frames, notes, iptc, comments=comments)
 
 
 def look(image: ImageFile.ImageFile) -> Opened:
@@ -93,19 +122,14 @@ def look(image: ImageFile.ImageFile) -> Opened:
         return Opened(1, False)
 
 
-def metadata_options(
-    kind: str,
-    exif: bytes | None,
-    xmp: bytes | None,
-    dpi: tuple[float, float] | None,
-    iptc: bytes | None,
-) -> tuple[dict[str, Any], list[str]]:
+def metadata_options(kind: str, held: Metadata) -> tuple[dict[str, Any], list[str]]:
     """Pillow's arguments for saving, and sentences about what the format cannot hold."""
     options: dict[str, Any] = {}
     lost: list[str] = []
-    if dpi is not None and kind != "WEBP":
-        options["dpi"] = dpi
-    for name, block, most in (("exif", exif, _SEGMENT), ("xmp", xmp, _XMP_SEGMENT)):
+    if held.dpi is not None and kind != "WEBP":
+        options["dpi"] = held.dpi
+    exif = _with_texts(kind, held, lost)
+    for name, block, most in (("exif", exif, _SEGMENT), ("xmp", held.xmp, _XMP_SEGMENT)):
         if block is None:
             continue
         if kind == "BMP":
@@ -114,20 +138,19 @@ def metadata_options(
             lost.append(f"{name.upper()} of {len(block)} bytes does not fit into a JPEG")
         else:
             options[name] = block
-    if kind == "JPEG" and iptc is not None:
-        resource = b"8BIM" + struct.pack(">HHI", _IPTC_RESOURCE, 0, len(iptc)) + iptc
-        segment = b"Photoshop 3.0\0" + resource + bytes(len(iptc) % 2)
-        if len(segment) <= _SEGMENT:
-            options["extra"] = b"\xff\xed" + struct.pack(">H", len(segment) + 2) + segment
-        else:
-            lost.append(f"IPTC of {len(iptc)} bytes does not fit into a JPEG")
-    elif kind != "TIFF" and iptc is not None:
+    if kind == "JPEG":
+        options["extra"] = _segments(held, lost)
+    elif kind != "TIFF" and held.iptc is not None:
         lost.append(f"{kind} holds no IPTC")
-    if kind == "TIFF" and (xmp is not None or iptc is not None):
-        tags = Image.Exif()
-        if exif is not None:
-            tags.load(exif)
-        for tag, block in ((_XMP_TAG, options.pop("xmp", None)), (_IPTC_TAG, iptc)):
+    if kind == "PNG":
+        comments = [_text(comment) for comment in held.comments]
+        chunks = (*held.colours, *held.texts)
+        options["pnginfo"] = png_info(chunks, comments, options.pop("xmp", None))
+    elif kind != "JPEG" and held.comments:
+        lost.append(f"{kind} holds no comment")
+    if kind == "TIFF" and not (exif is held.xmp is held.iptc is None):
+        tags = _loaded(exif)
+        for tag, block in ((_XMP_TAG, options.pop("xmp", None)), (_IPTC_TAG, held.iptc)):
             if block is not None:
                 tags[tag] = block
         options["exif"] = tags
@@ -157,6 +180,90 @@ def _iptc(image: ImageFile.ImageFile) -> bytes | None:
         return None
 
 
+def _comments(image: ImageFile.ImageFile) -> tuple[bytes, ...]:
+    """Of a JPEG, whose segments Pillow lists, or a GIF; a PNG may have a text of that name."""
+    found: Any = ()
+    if image.format in ("JPEG", "MPO"):
+        found = [data for name, data in getattr(image, "applist", ()) if name == "COM"]
+    elif image.format == "GIF":
+        found = [image.info.get("comment")]
+    return tuple(data for data in found if isinstance(data, bytes) and data)
+
+
+def _text(comment: bytes) -> str:
+    """A comment as text, which has no NUL: of no stated coding, so UTF-8 where it is that."""
+    try:
+        text = comment.decode()
+    except UnicodeDecodeError:
+        text = comment.decode("latin-1")
+    return text.rstrip("\0").replace("\0", " ")
+
+
+def _segments(held: Metadata, lost: list[str]) -> bytes:
+    """Comments and IPTC as segments of a JPEG; what is too long for one is added to `lost`."""
+    segments: list[bytes] = []
+
+    def add(marker: bytes, data: bytes, what: str, size: int) -> None:
+        if len(data) <= _SEGMENT:
+            segments.append(marker + struct.pack(">H", len(data) + 2) + data)
+        else:
+            lost.append(f"{what} of {size} bytes does not fit into a JPEG")
+
+    texts = [text for name, text in map(words, held.texts) if name == "Comment"]
+    for comment in (*held.comments, *(text.encode() for text in texts)):
+        add(b"\xff\xfe", comment, "a comment", len(comment))
+    if (iptc := held.iptc) is not None:
+        resource = b"8BIM" + struct.pack(">HHI", _IPTC_RESOURCE, 0, len(iptc)) + iptc
+        segment = b"Photoshop 3.0\0" + resource + bytes(len(iptc) % 2)
+        add(b"\xff\xed", segment, "IPTC", len(iptc))
+    return b"".join(segments)
+
+
+def _with_texts(kind: str, held: Metadata, lost: list[str]) -> bytes | None:
+    """The EXIF block with texts of a PNG that it has tags for; `lost` gets the names of others."""
+    if kind == "PNG" or not held.texts:
+        return held.exif
+    tags, names, changed = _loaded(held.exif), [], False
+    # Texts must not push out what is there.
+    room = _SEGMENT - len(held.exif or b"") if kind == "JPEG" else math.inf
+    for name, text in map(words, held.texts):
+        tag, value = _TEXT_TAGS.get(name, 0), _exif_text(text)
+        size = len(value) + _ENTRY
+        # What EXIF says already stays; a text of the same may be another.
+        before = str(tags.get(tag, "")).strip("\0 ")
+        if tag and kind != "BMP" and before in ("", value) and size <= room:
+            tags[tag], changed, room = value, True, room - size
+        elif name != "Comment" or kind != "JPEG":
+            names.append(name)
+    if names := [*dict.fromkeys(names)]:
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        lost.append(f"{kind} holds no text {', '.join(names[:_NAMED])}{more}")
+    return tags.tobytes() if changed else held.exif
+
+
+def _exif_text(text: str) -> _Words:
+    return _Words(text.replace("\0", " ").encode().decode("latin-1"))
+
+
+def _loaded(exif: bytes | None) -> Image.Exif:
+    """An EXIF block to be changed and written, in which texts stay what they are."""
+    tags = Image.Exif()
+    if exif is not None:
+        tags.load(exif)
+    _keep_words(tags)
+    return tags
+
+
+def _keep_words(tags: Image.Exif) -> None:
+    parts: list[Any] = [tags, *(tags.get_ifd(tag) for tag in (_EXIF_IFD, _GPS_IFD) if tag in tags)]
+    if any(_INTEROP_IFD in part for part in parts[1:]):
+        parts.append(tags.get_ifd(_INTEROP_IFD))
+    for part in parts:
+        for tag in [*part]:
+            if isinstance(part[tag], str):
+                part[tag] = _Words(part[tag])
+
+
 def _resolution(dpi: Any) -> tuple[float, float] | None:
     try:
         across, down = (float(value) for value in dpi)
@@ -182,10 +289,10 @@ def _exif(image: ImageFile.ImageFile, swapped: bool) -> tuple[bytes | None, int,
         if _ORIENTATION in exif:
             exif[_ORIENTATION] = 1
         if swapped or orientation >= _SWAPPED:
-            photograph = exif.get_ifd(_EXIF_IFD)
-            if all(tag in photograph for tag in _SIZE_TAGS):
-                sizes = [photograph[tag] for tag in _SIZE_TAGS]
-                photograph.update(zip(_SIZE_TAGS, sizes[::-1], strict=True))
+            for part, (x, y) in ((exif.get_ifd(_EXIF_IFD), _SIZE_TAGS), (exif, _DOTS_TAGS)):
+                if x in part and y in part:
+                    part[x], part[y] = part[y], part[x]
+        _keep_words(exif)
         return exif.tobytes() if len(exif) else None, orientation, True
     # A damaged block fails in as many ways as damaged pixels, and is no reason to lose those, nor
     # to leave the picture on its side.

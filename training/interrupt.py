@@ -1,9 +1,10 @@
 """Stopping a run between two steps, when a scheduler or a user asks for it."""
 
 import signal
-import threading
-from types import FrameType, TracebackType
-from typing import Any
+from contextlib import ExitStack
+from types import FrameType
+
+from mimdit.cli.interrupts import handling
 
 
 class Stopped(Exception):
@@ -21,27 +22,19 @@ class StopRequests:
     """Inside, SIGTERM and SIGINT set `asked` instead of ending the process; a second SIGINT ends
     it.
 
-    Outside the main thread, which alone may handle signals, nothing changes.
+    One that the process ignores stays ignored, and outside the main thread nothing changes.
     """
 
     def __init__(self) -> None:
         self.asked = False
-        self._before: dict[signal.Signals, Any] = {}
+        self._before = ExitStack()
 
     def __enter__(self) -> "StopRequests":
-        if threading.current_thread() is threading.main_thread():
-            for one in (signal.SIGTERM, signal.SIGINT):
-                self._before[one] = signal.signal(one, self._ask)
+        self._before.enter_context(handling(self._ask, signal.SIGTERM, signal.SIGINT))
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for one, handler in self._before.items():
-            signal.signal(one, handler)
+    def __exit__(self, *error: object) -> None:
+        self._before.close()
 
     def check(self, step: int, output: str) -> None:
         """Raises Stopped where a stop was asked for."""

@@ -1,15 +1,12 @@
-"""The arguments of `mimdit-restore`, those that commands share, and the checks of their ranges."""
+"""The arguments of `mimdit-restore`, and those that commands share."""
 
 import argparse
-import math
-import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mimdit import __version__
-from mimdit.cli.places import is_url
+from mimdit.cli.ranges import device, experts, number, output, place, suffix
 
 _EPILOG = """examples:
   mimdit-restore -i photo.jpg -o restored.png
@@ -148,7 +145,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=number(int, 0),
         default=64,
         metavar="PIXELS",
-        help="overlap of neighbouring tiles (default: 64)",
+        help="overlap of neighbouring tiles; without -t at most half a tile (default: 64)",
     )
     add(
         "--batch-size",
@@ -160,7 +157,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--engine",
         type=Path,
         metavar="DIR",
-        help="a folder written by mimdit-export, instead of --model",
+        help="a folder written by mimdit-export, instead of --model; it has its own --precision",
     )
     add(
         "--no-accelerate",
@@ -244,65 +241,3 @@ def add_seed(add: Callable[..., Any], what: str) -> None:
         metavar="N",
         help=f"{what} (default: 0)",
     )
-
-
-def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
-    """An argparse type: an int or a float from `low` to `high`."""
-    limits = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
-    wanted = f"{'a whole number' if kind is int else 'a number'} {limits}"
-
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        # Written so that NaN fails.
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}")
-        return value
-
-    return parse
-
-
-def device(text: str) -> str:
-    """An argparse type: auto, cpu, mps, cuda or cuda:N."""
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"expected auto, cuda, cuda:N, cpu or mps, got {text!r}")
-    return text
-
-
-def experts(text: str) -> dict[str, float]:
-    """An argparse type: GROUP=WEIGHT pairs with commas between; weights from 0 to 1."""
-    wanted = "GROUP=WEIGHT with weights from 0 to 1, such as spatial=0.5,channel=0.2"
-    weights: dict[str, float] = {}
-    for part in text.split(","):
-        name, _, value = (piece.strip() for piece in part.partition("="))
-        try:
-            weights[name] = number(float, 0, 1)(value)
-        except argparse.ArgumentTypeError:
-            name = ""
-        if not name:
-            raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}")
-    if len(weights) < text.count(",") + 1:
-        raise argparse.ArgumentTypeError(f"expected each group once, got {text!r}")
-    return weights
-
-
-def place(text: str) -> str:
-    """An argparse type: a path or URL; none at all would be the folder that one is in."""
-    if not text:
-        raise argparse.ArgumentTypeError(f"expected a path, got {text!r}")
-    return text
-
-
-def output(text: str) -> str:
-    """An argparse type: a path or URL without what does not change it, such as a last slash."""
-    text = place(text)
-    return text.rstrip("/") if is_url(text) else os.path.normpath(text)
-
-
-def suffix(text: str) -> str:
-    """An argparse type: text that may stand in a file name."""
-    if "/" in text or "\\" in text or "\0" in text:
-        raise argparse.ArgumentTypeError(f"expected text without slashes, got {text!r}")
-    return text

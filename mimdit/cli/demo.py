@@ -36,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_device(add)
     add(
         "--host",
+        type=_address,
         default="127.0.0.1",
         metavar="ADDRESS",
         help="address to listen on (default: 127.0.0.1, this computer alone); 0.0.0.0 lets "
@@ -87,9 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                     page.block_thread()
                 finally:
                     page.close(verbose=False)
-        except StopError as error:
+        # The latter of a disk without room for uploads.
+        except (StopError, OSError) as error:
             if not interrupts.asked:
-                print(f"mimdit-demo: {error}", file=sys.stderr)
+                print(f"mimdit-demo: {first_line(error)}", file=sys.stderr)
                 return 1
         except KeyboardInterrupt:
             pass
@@ -212,7 +214,8 @@ def build_page(studio: Studio, args: argparse.Namespace) -> Any:
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 picture = gr.File(
-                    label=f"Picture, up to {args.max_megapixels:g} megapixels",
+                    label=f"Picture, up to {args.max_megapixels:g} megapixels and "
+                    f"{args.max_file_mb:g} MB",
                     file_types=sorted(READ_SUFFIXES),
                     type="filepath",
                     height=140,
@@ -259,6 +262,13 @@ def build_page(studio: Studio, args: argparse.Namespace) -> Any:
         cancel.click(stop, None, facts, cancels=[running], queue=False, api_visibility="private")
         page.unload(leave)
     return page
+
+
+def _address(text: str) -> str:
+    """An argparse type; none at all would be every address of this computer."""
+    if not text:
+        raise argparse.ArgumentTypeError(f"expected an address, got {text!r}")
+    return text
 
 
 def _free_port(host: str) -> int:

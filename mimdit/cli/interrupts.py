@@ -1,10 +1,34 @@
-"""Ctrl-C, also where a library turns it into an error of its own or drops it."""
+"""Signals that end or stop a program, Ctrl-C above all: also where a library drops it."""
 
 import signal
 import sys
 import threading
-from types import FrameType, TracebackType
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import FrameType
 from typing import Any
+
+
+@contextmanager
+def handling(
+    answer: Callable[[int, FrameType | None], object], *numbers: signal.Signals
+) -> Iterator[bool]:
+    """Inside, these signals call `answer`, but for those that the process is to ignore, as a job
+    in the background ignores Ctrl-C (`nohup … &` in a script).
+
+    Yields whether it answers any: outside the main thread, which alone may handle signals, none.
+    """
+    before: dict[signal.Signals, Any] = {}
+    main = threading.current_thread() is threading.main_thread()
+    try:
+        for number in numbers if main else ():
+            # None: a handler in C, which Python could not put back.
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, answer)
+        yield bool(before)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Interrupts:
@@ -14,31 +38,24 @@ class Interrupts:
     at a storage as at a sequence while safetensors are read, makes a ValueError of it, and
     finalizers drop it. So whoever catches any error asks `asked`, and loops call `check`.
     Nothing changes where Ctrl-C has another meaning already, such as none in a background job, and
-    outside the main thread, which alone may handle signals.
+    outside the main thread. others: signals that do the same.
     """
 
-    def __init__(self) -> None:
-        self.asked = False
-        self._installed = False
+    def __init__(self, *others: signal.Signals) -> None:
+        self.asked, self._others = False, others
+        self._before = ExitStack()
         self._report: Any = None
 
     def __enter__(self) -> "Interrupts":
         usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        if usual and threading.current_thread() is threading.main_thread():
-            self._installed = True
+        numbers = (*self._others, *([signal.SIGINT] if usual else []))
+        if self._before.enter_context(handling(self._ask, *numbers)):
             self._report, sys.unraisablehook = sys.unraisablehook, self._dropped
-            signal.signal(signal.SIGINT, self._ask)
+            self._before.callback(setattr, sys, "unraisablehook", self._report)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._installed:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            sys.unraisablehook = self._report
+    def __exit__(self, *error: object) -> None:
+        self._before.close()
 
     def check(self) -> None:
         """Raises KeyboardInterrupt where Ctrl-C was pressed."""

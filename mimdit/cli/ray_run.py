@@ -9,10 +9,14 @@ import logging
 import os
 import pickle
 import platform
+import signal
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from typing import Any
 
+from mimdit.cli.interrupts import handling
 from mimdit.cli.jobs import Job
 from mimdit.cli.model import StopError
 from mimdit.cli.places import is_url
@@ -78,8 +82,7 @@ def outcomes(jobs: Sequence[Job], args: argparse.Namespace) -> Iterator[tuple[Jo
         StopError: no Ray, no cluster, no worker that can load the model, or pictures that only
             this process sees.
     """
-    ray = _connect(args)
-    try:
+    with _cluster(args) as ray:
         workers, resources = _workers(ray, args)
         rows = [{"number": i, "job": pickle.dumps(job)} for i, job in enumerate(jobs)]
         context = ray.data.DataContext.get_current()
@@ -97,11 +100,45 @@ def outcomes(jobs: Sequence[Job], args: argparse.Namespace) -> Iterator[tuple[Jo
             if isinstance(result, str):
                 raise StopError(result)
             yield jobs[int(row["number"])], result
-    except ray.exceptions.RayError as error:
-        text = f"the Ray cluster failed ({first_line(error)})"
-        raise StopError(f"{text}; run again with --resume to go on") from error
+
+
+@contextmanager
+def _cluster(args: argparse.Namespace) -> Iterator[Any]:
+    """Ray while it is used; all that was started for this run has ended afterwards.
+
+    Raises StopError where it cannot be had, or fails.
+    """
+    with ExitStack() as stack:
+        if not args.debug:
+            # What Ray says of its workers goes to the output, whatever its logs are set to.
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(redirect_stdout(nowhere))
+        stack.callback(_end)
+        ray = _connect(args)
+        try:
+            yield ray
+        except ray.exceptions.RayError as error:
+            text = f"the Ray cluster failed ({first_line(error)})"
+            raise StopError(f"{text}; run again with --resume to go on") from error
+
+
+def _end() -> None:
+    """Ends the workers and, where it was started here, the cluster."""
+    if (ray := sys.modules.get("ray")) is not None:
+        with _later():
+            ray.shutdown()
+
+
+@contextmanager
+def _later() -> Iterator[None]:
+    """Ctrl-C inside is raised at the end: in the middle it would leave processes of Ray behind."""
+    pressed: list[int] = []
+    try:
+        with handling(lambda number, _: pressed.append(number), signal.SIGINT):
+            yield
     finally:
-        ray.shutdown()
+        if pressed:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _connect(args: argparse.Namespace) -> Any:
@@ -122,8 +159,11 @@ def _connect(args: argparse.Namespace) -> Any:
             f"--ray needs Ray Data ({first_line(error)}); pip install 'mimdit[ray]'"
         ) from error
     level = "INFO" if args.debug else "ERROR"
+    # A cluster elsewhere may take long to answer, and would not be left behind.
+    starts = args.ray in ("", "local")
     try:
-        ray.init(args.ray or None, log_to_driver=args.debug, logging_level=level)
+        with _later() if starts else nullcontext():
+            ray.init(args.ray or None, log_to_driver=args.debug, logging_level=level)
     # ConnectionError, RuntimeError, ValueError, and those of gRPC.
     except Exception as error:
         name = f"--ray {args.ray}".strip()
@@ -140,8 +180,6 @@ def _workers(ray: Any, args: argparse.Namespace) -> tuple[int, dict[str, float]]
     gpus = int(sum(host.get("GPU", 0) for host in hosts))
     if args.device == "cuda" and not gpus:
         raise StopError("--device cuda: this cluster has no GPU; use --device auto or cpu")
-    if args.device.startswith("cuda:"):
-        raise StopError("--device cuda:N does not go with --ray, which hands GPUs out; use cuda")
     use = gpus > 0 and args.device in ("auto", "cuda")
     count = args.ray_workers or (gpus if use else len(hosts))
     if use and count > gpus:

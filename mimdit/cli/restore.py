@@ -5,12 +5,14 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from typing import Any
 
 from tqdm import tqdm
 
 from mimdit.cli.arguments import build_parser
+from mimdit.cli.checks import check
 from mimdit.cli.interrupts import Interrupts
 from mimdit.cli.jobs import INDEX, Job, collect, names_file, plan
 from mimdit.cli.model import StopError
@@ -26,15 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code (130 after Ctrl-C). Wrong arguments exit with 2."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.tile and args.tile_overlap >= args.tile:
-        parser.error(
-            f"--tile-overlap: expected less than --tile ({args.tile}), got {args.tile_overlap}"
-        )
-    for name in ("experts", "routing"):
-        if args.engine is not None and getattr(args, name) is not None:
-            parser.error(f"--{name} does not go with --engine: an exported router is fixed")
-    if args.ray_workers is not None and args.ray is None:
-        parser.error("--ray-workers needs --ray")
+    check(parser, args, argv)
     with Interrupts() as interrupts:
         try:
             return _run(parser, args, interrupts)
@@ -87,10 +81,12 @@ def restore_all(
     restored = 0
     bar = _progress(len(waiting))
     try:
-        with bar, warnings.catch_warnings():
+        # Closed in any case: a cluster ends before the summary.
+        done = closing(_outcomes(waiting, args, interrupts))
+        with bar, warnings.catch_warnings(), done as outcomes:
             if not args.debug:
                 warnings.simplefilter("ignore")
-            for job, outcome in _outcomes(waiting, args, interrupts):
+            for job, outcome in outcomes:
                 if outcome.failure is None:
                     restored += 1
                 else:
@@ -112,7 +108,7 @@ def restore_all(
 
 def _outcomes(
     jobs: Sequence[Job], args: argparse.Namespace, interrupts: Interrupts
-) -> Iterator[tuple[Job, Outcome]]:
+) -> Generator[tuple[Job, Outcome], None, None]:
     """Each job once it is done: here one after the other, on a cluster as they come."""
     if args.ray is not None and jobs:
         from mimdit.cli.ray_run import outcomes

@@ -4,12 +4,10 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,8 @@ from tqdm import tqdm
 
 from mimdit.cli.jobs import INDEX, Job
 from mimdit.cli.model import StopError, load
-from mimdit.cli.places import ending, fetch, is_url, write
+from mimdit.cli.places import ending, is_url, write
+from mimdit.cli.staging import make_folder, staged
 from mimdit.errors import first_line
 from mimdit.image_io import (
     WRITE_FORMATS,
@@ -64,11 +63,11 @@ class Restorer:
             StopError: no model, or no folder to write into.
         """
         try:
-            with _staged(job) as here:
+            with staged(job) as here:
                 picture = read_picture(here.source)
                 check_target(here.target, *picture.rgb.shape[:2])
                 if here is job:
-                    _make_folder(os.path.dirname(job.target) or ".", self.args.output)
+                    make_folder(os.path.dirname(job.target) or ".", self.args.output)
                 if self._pipe is None:
                     self._pipe = load(self.args)
                     self._pipe.set_progress_bar_config(disable=self.quiet)
@@ -164,7 +163,8 @@ def restore_one(
         ).encode()
 
     def side_by_side() -> None:
-        plain = replace(picture, alpha=None, exif=None, xmp=None, gray=False, bits=8)
+        bare = {"exif": None, "xmp": None, "iptc": None, "texts": (), "comments": ()}
+        plain = replace(picture, alpha=None, gray=False, bits=8, **bare)
         write_picture(here.comparison or "", compare(picture.rgb, result), plain)
 
     def restored() -> bytes | None:
@@ -226,45 +226,6 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     }
     rare = {"tile_batch": args.batch_size, "experts": args.experts, "routing": args.routing}
     return options | {name: value for name, value in rare.items() if value is not None}
-
-
-@contextmanager
-def _staged(job: Job) -> Iterator[Job]:
-    """The job with local files, which are copied to their URLs at the end, the picture last."""
-    if not (is_url(job.source) or is_url(job.target)):
-        yield job
-        return
-    with tempfile.TemporaryDirectory(prefix="mimdit-") as name:
-        folder = Path(name)
-        source = fetch(job.source, folder) if is_url(job.source) else Path(job.source)
-        kept = ("report", "heat_map", "page", "comparison", "target")
-        places = {
-            field: str(folder / f"{field}{ending(place)}")
-            for field in kept
-            if (place := getattr(job, field)) is not None
-        }
-        keep = frozenset(places[f] for f in places if getattr(job, f) in job.keep)
-        try:
-            yield Job(str(source), keep=keep, **places)
-        except PictureError as error:
-            text = str(error).replace(places["target"], job.target)
-            raise PictureError(text.replace(str(source), job.source)) from error
-        for field, local in places.items():
-            if local not in keep:
-                if not is_url(job.target):
-                    _make_folder(os.path.dirname(job.target) or ".", os.path.dirname(job.target))
-                write(getattr(job, field), Path(local).read_bytes())
-
-
-def _make_folder(folder: str, root: str) -> None:
-    """A folder of the output, whose `root` must be one for the run to go on."""
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        text = f"{folder}: cannot make this folder ({reason}); use another -o"
-        kind = PictureError if os.path.isdir(root) and folder != root else StopError
-        raise kind(text) from None
 
 
 def _sentence(source: str, error: Exception) -> str:

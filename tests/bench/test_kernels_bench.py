@@ -9,12 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from bench import kernel_cases, kernels, measure
+from bench import kernel_cases, kernel_checks, kernels, measure
 from bench.kernel_cases import CASES, SMALL, Case, make, variants
 from bench.plots import kernel_bars
 from mimkernels.backend import interpreting
 
 CPU = torch.device("cpu")
+# All take long, as each is compiled both ways; their kernels have tests of their own.
+SOME = ["image_gate", "expert_linear", "expert_combine", "window_attention"]
 needs_interpreter = pytest.mark.skipif(not interpreting(), reason="runs kernels on the CPU")
 
 
@@ -22,24 +24,37 @@ needs_interpreter = pytest.mark.skipif(not interpreting(), reason="runs kernels 
 @pytest.mark.parametrize("op", CASES)
 def test_comparators_are_equal_to_the_reference(op: str, size: kernel_cases.Size) -> None:
     case = make(op, size, torch.float32, CPU)
-    grads, wanted = kernels.oracle(case)
+    grads, wanted = kernel_checks.oracle(case)
     others = {name: run for name, run in case.comparators.items() if callable(run)}
     # Where there are none, the reference is what others do.
     assert others or op not in ("image_gate", "expert_linear", "expert_combine", "grouped_linear")
     for name, run in others.items():
-        for pass_, call in kernels.PASSES.items():
-            error = kernels.difference(call(run, case.tensors, grads), wanted[pass_])
+        for pass_, call in kernel_checks.PASSES.items():
+            error = kernel_checks.difference(call(run, case.tensors, grads), wanted[pass_])
             assert error < 2e-6, (name, pass_)
 
 
 @needs_interpreter
-def test_command_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("op", CASES)
+def test_kernels_take_what_the_cases_give(op: str) -> None:
+    case = make(op, SMALL[0], torch.float32, CPU)
+    grads, _ = kernel_checks.oracle(case)
+    launches = [kernels._launches(case, call, grads) for call in kernel_checks.PASSES.values()]
+    # Not every gradient has a kernel of its own.
+    assert 0 < launches[0] <= launches[1]
+
+
+@needs_interpreter
+@pytest.mark.parametrize("ops", [SOME, pytest.param([*CASES], marks=pytest.mark.slow)], ids=len)
+def test_command_on_a_cpu(
+    ops: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "rows.jsonl"
-    assert kernels.main(["--quick", "--device", "cpu", "--out", str(out)]) == 0
+    assert kernels.main(["--quick", "--device", "cpu", "--out", str(out), "--ops", *ops]) == 0
     assert "kernel speeds need a GPU" in capsys.readouterr().out
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert {(row["op"], row["pass"]) for row in rows} == {
-        (o, p) for o in CASES for p in kernels.PASSES
+        (o, p) for o in ops for p in kernel_checks.PASSES
     }
     for row in rows:
         assert row["bench"] == "kernels" and row["dtype"] == "float32" and row["torch"]
@@ -74,10 +89,10 @@ def test_a_wrong_kernel_fails_the_command(
 
 def test_errors_are_seen() -> None:
     exact = [torch.tensor([1.0, -2.0], dtype=torch.float64), torch.tensor([3, 4])]
-    assert kernels.difference([torch.tensor([1.0, -1.0]), exact[1]], exact) == 0.5
+    assert kernel_checks.difference([torch.tensor([1.0, -1.0]), exact[1]], exact) == 0.5
     for found in ([exact[0] * float("nan"), exact[1]], [exact[0], exact[1] + 1]):
-        assert kernels.difference(found, exact) == float("inf")
-    assert kernels.difference([exact[0][:1], exact[1]], exact) == float("inf")
+        assert kernel_checks.difference(found, exact) == float("inf")
+    assert kernel_checks.difference([exact[0][:1], exact[1]], exact) == float("inf")
 
 
 def test_without_the_interpreter_kernels_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,9 +189,9 @@ def test_the_cpu_computes_what_a_gpu_has_no_memory_for(monkeypatch: pytest.Monke
             raise torch.OutOfMemoryError("float64")
         return "results"
 
-    monkeypatch.setattr(kernels, "_oracle", compute)
+    monkeypatch.setattr(kernel_checks, "_oracle", compute)
     case: Any = SimpleNamespace(tensors=[SimpleNamespace(device=torch.device("cuda"))])
-    assert kernels.oracle(case) == "results" and asked == ["cuda", "cpu"]
+    assert kernel_checks.oracle(case) == "results" and asked == ["cuda", "cpu"]
 
 
 def test_bad_arguments(capsys: pytest.CaptureFixture[str]) -> None:

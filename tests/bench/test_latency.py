@@ -37,7 +37,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = [*EXACT, *APPROXIMATE, "engine-fp8", "backbone-eager", "tensorrt"]
     command = ["--model", str(tmp_path / "model"), "--sizes", "64", "--steps", "2", "--runs", "2"]
     command += ["--device", "cpu", "--precision", "fp32", "--batch", "2", "--out", str(out)]
-    command += ["--thresholds", "0", "1e9"]
+    command += ["--warmup", "0", "--thresholds", "0", "1e9"]
     assert latency.main([*command, "--variants", *names]) == 0
     printed = capsys.readouterr().out
     assert "engine-fp8: left out, quantize: 'fp8' needs an NVIDIA GPU of compute" in printed
@@ -75,6 +75,14 @@ def test_every_variant_runs_or_says_why_not() -> None:
     assert all("ask for it with --variants" in reason for reason in reasons.values())
 
 
+@pytest.fixture
+def known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring it takes longer than what is tested."""
+    monkeypatch.setattr(measure, "matrix_peak", lambda *_: 1e11)
+    monkeypatch.setattr(measure, "memory_bandwidth", lambda *_: 1e10)
+
+
+@pytest.mark.usefixtures("known_machine")
 def test_no_speed_without_parity(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = load("debug", "cpu", "fp32")
 
@@ -89,6 +97,7 @@ def test_no_speed_without_parity(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no speed" in latency.table(rows)
 
 
+@pytest.mark.usefixtures("known_machine")
 def test_what_fails_or_is_stopped_costs_nothing_else(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

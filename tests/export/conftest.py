@@ -4,9 +4,10 @@ import contextlib
 import io
 import shutil
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from mimdit.loading import assemble, load_pipeline
 from mimdit.pipeline import MiMDiTPipeline
 from mimdit.presets import build
 from mimdit.transformer import MiMDiTTransformer2DModel
+from tests.export.tiny_engines import Exports
 from tests.mimdit.sd35_folder import backbone, vae
 
 GPU_A = {"name": "GPU A", "capability": "90"}
@@ -105,6 +107,23 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return Exported(place / "model", read, place / "onnx", code, *texts, programs)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def tiny_exports(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Exports | None]:
+    """Of the cases of `test_tiny_engines` that will be asked for; they begin with the first test
+    of this folder.
+    """
+    tests = (item for item in request.session.items if isinstance(item, pytest.Function))
+    names = [t.callspec.params["name"] for t in tests if t.originalname == "test_engines_of_tiny"]
+    if not names or find_spec("tensorrt_rtx") is None:
+        yield None
+        return
+    exports = Exports(names, tmp_path_factory.mktemp("tiny"))
+    yield exports
+    exports.stop()
+
+
 def reuse(exported: Exported, change: Callable[[Path], None] = lambda _: None) -> Any:
     """In place of an export that takes long: the files of an earlier one, changed."""
     from export.limits import Limits
@@ -127,8 +146,7 @@ def with_gpu(patch: pytest.MonkeyPatch, found: dict[str, str] | None) -> None:
         patch.setattr(module, "gpu", lambda: found)
 
 
-@pytest.fixture
-def tensorrt(monkeypatch: pytest.MonkeyPatch) -> Any:
+def with_tensorrt(patch: pytest.MonkeyPatch) -> Any:
     """A recording `tensorrt`, a GPU, and sessions whose memory is the CPU's."""
     pytest.importorskip("onnxruntime")
     from export import backends
@@ -136,21 +154,36 @@ def tensorrt(monkeypatch: pytest.MonkeyPatch) -> Any:
     from tests.export import fake_tensorrt
 
     fake = fake_tensorrt.module("10.16.1")
-    monkeypatch.setitem(sys.modules, "tensorrt", fake)
-    with_gpu(monkeypatch, GPU_A)
-    monkeypatch.setattr(backends, "EngineSession", partial(EngineSession, device="cpu"))
+    patch.setitem(sys.modules, "tensorrt", fake)
+    with_gpu(patch, GPU_A)
+    patch.setattr(backends, "EngineSession", partial(EngineSession, device="cpu"))
     return fake
 
 
 @pytest.fixture
-def built(
-    exported: Exported, tensorrt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Path:
-    """A folder with engines of the stand-in; its picture is checked after one step."""
-    from export import cli, folder
+def tensorrt(monkeypatch: pytest.MonkeyPatch) -> Any:
+    return with_tensorrt(monkeypatch)
 
-    monkeypatch.setattr("export.plan.STEPS", 1)
-    monkeypatch.setattr(folder, "export_onnx", reuse(exported))
-    target = tmp_path / "built"
-    assert cli.main([str(exported.model), "--out", str(target), "--trt", *UNCHECKED]) == 0
+
+@pytest.fixture(scope="session")
+def engines(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with engines of the stand-in, to be checked at one size and with one step."""
+    from export import cli, folder, plan
+
+    def short(pipe: MiMDiTPipeline, args: Any) -> Any:
+        return replace(whole(pipe, args), sizes=[(2, 11, 13)])
+
+    whole, target = plan.plan, tmp_path_factory.mktemp("engines") / "built"
+    with pytest.MonkeyPatch.context() as patch:
+        with_tensorrt(patch)
+        patch.setattr(plan, "STEPS", 1)
+        patch.setattr(plan, "plan", short)
+        patch.setattr(folder, "export_onnx", reuse(exported))
+        assert cli.main([str(exported.model), "--out", str(target), "--trt", *UNCHECKED]) == 0
     return target
+
+
+@pytest.fixture
+def built(engines: Path, tensorrt: Any, tmp_path: Path) -> Path:
+    """A copy of `engines` where they can run."""
+    return Path(shutil.copytree(engines, tmp_path / "built"))

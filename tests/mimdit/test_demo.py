@@ -113,7 +113,7 @@ def test_what_is_too_much_is_a_sentence(studio: Studio, tmp_path: Path) -> None:
         next(studio.restore(str(path), "me", lambda *_: None, **options))
 
     small = saved(tmp_path / "a.png")
-    with pytest.raises(PictureError, match="million pixels") as caught:
+    with pytest.raises(PictureError, match=r"more than 0\.1 million pixels") as caught:
         start(saved(tmp_path / "b.png", 400))
     assert sentence(str(tmp_path / "b.png"), caught.value).startswith("b.png: more than")
     with pytest.raises(ValueError, match="steps: expected 0 to 10, got 11"):
@@ -138,6 +138,25 @@ def test_safe_by_default() -> None:
         64,
         32,
     )
+
+
+def test_no_address_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """It would mean every address of this computer."""
+    with pytest.raises(SystemExit) as caught:
+        main(["--host", ""])
+    assert caught.value.code == 2
+    assert "--host: expected an address, got ''" in capsys.readouterr().err
+
+
+def test_no_room_for_uploads_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(**_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryDirectory", full)
+    assert main([]) == 1
+    assert capsys.readouterr().err == "mimdit-demo: [Errno 28] No space left on device\n"
 
 
 def test_without_gradio_one_sentence_says_what_to_install(
@@ -274,6 +293,20 @@ def test_in_a_real_browser(served: tuple[str, int, Path], tmp_path: Path) -> Non
         ).first.click()
         page.set_input_files("#picture input[type=file]", str(tmp_path / "bad.png"))
         page.get_by_text("bad.png: not a picture of a known type").first.wait_for()
+        # What is cut, too wide, too long or of another kind has one sentence each.
+        (tmp_path / "cut.png").write_bytes(path.read_bytes()[:5000])
+        Image.new("RGB", (400, 400)).save(tmp_path / "wide.png")
+        saved(tmp_path / "long.png", 600)
+        (tmp_path / "notes.txt").write_text("text")
+        for name, words in (
+            ("cut.png", "cut.png: damaged or truncated"),
+            ("wide.png", "wide.png: more than 0.1 million pixels"),
+            ("long.png", 'exceed the maximum allowed size of 488.3 Kb: "long.png"'),
+            ("notes.txt", "Invalid file type: notes.txt"),
+        ):
+            page.goto(url)
+            page.set_input_files("#picture input[type=file]", str(tmp_path / name))
+            page.get_by_text(words).first.wait_for()
         chromium.close()
     assert not wrong
     elsewhere = [each for each in asked if not each.startswith((url, "data:", "blob:"))]

@@ -2,6 +2,8 @@
 
 import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,14 @@ import pytest
 from mimdit.cli import demo, init
 from mimdit.cli.interrupts import Interrupts
 from mimdit.cli.model import StopError
+
+
+@pytest.fixture(autouse=True)
+def foreground() -> Iterator[None]:
+    """Where these tests run in the background, shells have them ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def pressed(error: type[Exception]) -> None:
@@ -83,3 +93,34 @@ def test_the_second_ctrl_c_is_one_too() -> None:
         with pytest.raises(KeyboardInterrupt):
             interrupts.check()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_other_signals_interrupt_as_ctrl_c_does() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with Interrupts(signal.SIGTERM) as interrupts, pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGTERM)
+    assert interrupts.asked and signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
+def test_signals_that_are_ignored_stay_ignored(number: signal.Signals) -> None:
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with Interrupts(signal.SIGTERM) as interrupts:
+            signal.raise_signal(number)
+        assert not interrupts.asked and signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
+def test_other_threads_leave_signals_alone() -> None:
+    before, seen = (signal.getsignal(signal.SIGINT), sys.unraisablehook), []
+
+    def inside() -> None:
+        with Interrupts(signal.SIGTERM):
+            seen.append((signal.getsignal(signal.SIGINT), sys.unraisablehook))
+
+    thread = threading.Thread(target=inside)
+    thread.start()
+    thread.join()
+    assert seen == [before]

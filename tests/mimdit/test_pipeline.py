@@ -49,7 +49,7 @@ def test_same_seed_same_bits(pipe: MiMDiTPipeline) -> None:
 def test_shifted_grids_meet_again(size: tuple[int, int]) -> None:
     """A model whose correction is zero gives the picture back, wherever its patches lie."""
     # Without cosine coefficients, whose thresholds start at the edge of what can be seen.
-    model = align_positions_(build("tiny", out_channels=51)).eval()
+    model = align_positions_(build("debug", out_channels=51)).eval()
     pipe = assemble(model, default_shifts=4, default_steps=1)
     pipe.set_progress_bar_config(disable=True)
     x = picture(*size)

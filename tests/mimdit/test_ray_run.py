@@ -9,6 +9,7 @@ import time
 import uuid
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,15 +34,17 @@ def pictures(folder: Path) -> None:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    """Files by relative path, without what a killed worker may leave hidden."""
+    found = [p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in found}
 
 
-def workers(mark: str) -> list[int]:
-    """Processes of Ray that hold a model, of the cluster that was started with this mark."""
+def processes(mark: str, name: bytes = b"") -> list[int]:
+    """Those of the cluster that was started with this mark, with `name` in their command line."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            named = b"ray::MapWorker" in (entry / "cmdline").read_bytes()
+            named = name in (entry / "cmdline").read_bytes()
             if named and mark.encode() in (entry / "environ").read_bytes():
                 found.append(int(entry.name))
         except OSError:
@@ -49,28 +52,39 @@ def workers(mark: str) -> list[int]:
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
-def test_a_killed_worker_loses_nothing(tmp_path: Path) -> None:
-    pytest.importorskip("ray.data", reason="needs Ray Data: pip install 'mimdit[ray]'")
-    pictures(tmp_path / "in")
+def settings(folder: Path) -> dict[str, Any]:
+    """Of a run in a process of its own, which its environment marks."""
     # Ray makes workers give way to everything else, which takes long on a busy machine.
     env = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
     env["MARK"] = uuid.uuid4().hex
-    command = [sys.executable, "-m", "mimdit.cli.restore", "-i", "in", "--device", "cpu"]
-    command += ["--steps", "3", "--seed", "5"]
     root = str(Path(__file__).parents[2])
     env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return {"cwd": folder, "env": env, "text": True, **pipes}
 
-    options = {"cwd": tmp_path, "env": env, "text": True}
-    assert subprocess.run([*command, "-o", "alone"], capture_output=True, **options).returncode == 1
-    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+
+COMMAND = [sys.executable, "-m", "mimdit.cli.restore", "-i", "in", "--device", "cpu"]
+COMMAND += ["--steps", "3", "--seed", "5"]
+ON_RAY = ["-o", "many", "--ray", "local", "--ray-workers", "2"]
+NEEDS = "needs Ray Data: pip install 'mimdit[ray]'"
+linux = pytest.mark.skipif(
+    not Path("/proc/self/environ").exists(), reason="finds processes in /proc"
+)
+
+
+@pytest.mark.slow
+@linux
+def test_a_killed_worker_loses_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("ray.data", reason=NEEDS)
+    pictures(tmp_path / "in")
+    options = settings(tmp_path)
+    mark = options["env"]["MARK"]
+    assert subprocess.run([*COMMAND, "-o", "alone"], **options).returncode == 1
     found: list[int] = []
     killed = None
-    command += ["-o", "many", "--ray", "local", "--ray-workers", "2"]
-    with subprocess.Popen(command, **options) as run:
+    with subprocess.Popen([*COMMAND, *ON_RAY], **options) as run:
         while run.poll() is None:
-            found = found if len(found) == 2 else workers(env["MARK"])
+            found = found if len(found) == 2 else processes(mark, b"ray::MapWorker")
             done = len(list(tmp_path.glob("many/*/*.png")))
             if killed is None and len(found) == 2 and done >= 3:
                 killed = found[0]
@@ -80,10 +94,54 @@ def test_a_killed_worker_loses_nothing(tmp_path: Path) -> None:
             time.sleep(0.2)
         out, err = run.communicate()
     assert killed is not None, err
-    assert run.returncode == 1 and f"restored {COUNT} pictures into many" in out, err
+    # What Ray says of the dead worker is not for users.
+    assert run.returncode == 1 and out.startswith(f"restored {COUNT} pictures into many"), err
+    assert len(out.splitlines()) == 1
     assert err.splitlines()[-1].startswith("in/broken.png: not a picture"), err
     assert files(tmp_path / "many") == files(tmp_path / "alone")
     assert len(files(tmp_path / "many")) == COUNT
+
+
+@pytest.mark.slow
+@linux
+@pytest.mark.parametrize(("moment", "times"), [("start", 1), ("work", 2)])
+def test_ctrl_c_leaves_whole_pictures_and_no_process(
+    tmp_path: Path, moment: str, times: int
+) -> None:
+    pytest.importorskip("ray.data", reason=NEEDS)
+    pictures(tmp_path / "in")
+    options = settings(tmp_path)
+    mark = options["env"]["MARK"]
+
+    def reached() -> bool:
+        if moment == "start":
+            return bool(processes(mark, b"gcs_server"))
+        return len(list(tmp_path.glob("many/*/*.png"))) >= 3
+
+    with subprocess.Popen([*COMMAND, *ON_RAY], start_new_session=True, **options) as run:
+        while run.poll() is None and not reached():
+            time.sleep(0.1)
+        assert run.poll() is None
+        for _ in range(times):
+            # As a terminal does: all that it started get it.
+            os.killpg(run.pid, signal.SIGINT)
+            time.sleep(0.5)
+        out, err = run.communicate(timeout=300)
+    assert run.returncode == 130, err
+    assert err.splitlines()[-1] == "mimdit-restore: stopped; run again with --resume to go on"
+    assert "Traceback" not in err and len(out.splitlines()) <= 1
+    deadline = time.monotonic() + 30
+    while (left := processes(mark)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not left
+    there = files(tmp_path / "many")
+    assert len(there) < COUNT and (moment == "start") == (not there)
+    assert subprocess.run([*COMMAND, "-o", "many", "--resume"], **options).returncode == 1
+    whole = files(tmp_path / "many")
+    assert len(whole) == COUNT and {name: whole[name] for name in there} == there
+    for name in whole:
+        with Image.open(tmp_path / "many" / name) as image:
+            image.load()
 
 
 def test_without_ray_one_sentence_says_what_to_install(

@@ -467,8 +467,8 @@ def test_a_job_in_the_background_ignores_ctrl_c(folder, pipe, monkeypatch):
         "--experts spatial=2",
         "--experts =0.5",
         "--experts se=0.1,se=0.2",
-        "--experts se=0.1 --engine x",
         "--ray-workers 2",
+        "--ray --device cuda:1",
     ],
 )
 def test_wrong_arguments_exit_with_2(folder, capsys, flags):
@@ -478,6 +478,22 @@ def test_wrong_arguments_exit_with_2(folder, capsys, flags):
         main(["-i", "in", *flags.split()])
     assert caught.value.code == 2
     assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--model tiny", "--precision fp32", "--no-accelerate", "--experts se=0.1"],
+)
+def test_what_an_exported_folder_cannot_follow_is_refused(pipe, folder, capsys, flags):
+    """Also where it is the default, which was asked for."""
+    picture(folder / "a.png")
+    with pytest.raises(SystemExit) as caught:
+        main(["-i", "in", "-o", "out", "--engine", "exported", *flags.split()])
+    assert caught.value.code == 2
+    flag = flags.split()[0]
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"mimdit-restore: error: {flag} does not go with --engine: ")
+    assert not pipe.loads and not (folder.parent / "out").exists()
 
 
 def test_a_named_file_excludes_suffix_and_ext(folder):
@@ -509,5 +525,21 @@ def test_an_exported_folder_takes_the_place_of_the_model(pipe, folder, monkeypat
     command = ["-i", str(picture(folder / "a.png")), "-o", "out", "--engine", "exported"]
     assert main(command) == 0
     assert [str(path) for path, _ in seen] == ["exported"] and not pipe.loads
+    flags = "--device cpu -t 128 --tile-overlap 16 --batch-size 2 --routing tile --shifts 2"
+    more = "--steps 3 --guidance-scale 2 --strength 0.5 --color-fix adain --seed 4"
+    assert main([*command, "--overwrite", *flags.split(), *more.split()]) == 0
+    assert seen[1][1] == "cpu"
+    del pipe.calls[1]["noise"]
+    assert pipe.calls[1] == {
+        "num_inference_steps": 3,
+        "shifts": 2,
+        "guidance_scale": 2,
+        "strength": 0.5,
+        "color_fix": "adain",
+        "tile": 128,
+        "tile_overlap": 16,
+        "tile_batch": 2,
+        "routing": "tile",
+    }
     monkeypatch.setattr("mimdit.cli.model.entry_points", lambda **_: [])
     assert main([*command, "--overwrite"]) != 0

@@ -1,5 +1,8 @@
 """The shipped model on a photograph it never saw: in tiles, and as one."""
 
+from collections.abc import Callable
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -50,25 +53,48 @@ def steps(picture: Tensor, borders: list[int]) -> float:
     return float(np.mean(at) / np.mean(elsewhere))
 
 
+@pytest.fixture(scope="module")
+def pictures(pipe: MiMDiTPipeline) -> Callable[[str], tuple[Tensor, ...]]:
+    """By kind of damage: clean, damaged, restored as one, restored in tiles."""
+
+    @cache
+    def made(kind: str) -> tuple[Tensor, ...]:
+        clean, damaged = pair(kind)
+        return clean, damaged, restored(pipe, damaged, 0), restored(pipe, damaged, TILE)
+
+    return made
+
+
 # A tile guesses tone and streaks from its own part: 1.1 and 2.5 dB.
 LOSING = [
-    pytest.param(kind, marks=pytest.mark.xfail(strict=True, reason="tiles see a part only"))
+    pytest.param(
+        kind,
+        marks=pytest.mark.xfail(strict=True, raises=AssertionError, reason="tiles see a part only"),
+    )
     for kind in ("low_light", "rain")
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["haze", "noise", *LOSING])
-def test_tiles_cost_little_and_leave_no_seams(pipe: MiMDiTPipeline, kind: str) -> None:
-    clean, damaged = pair(kind)
+def test_tiles_cost_little(pictures: Callable[[str], tuple[Tensor, ...]], kind: str) -> None:
+    clean, *others = pictures(kind)
+    damaged, whole, tiled = (psnr(x, clean) for x in others)
+    print(f"{kind}: damaged {damaged:.2f}, whole {whole:.2f}, tiled {tiled:.2f} dB")
+    assert tiled >= whole - 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["haze", "noise", "low_light", "rain"])
+def test_tiles_leave_no_seams(
+    pipe: MiMDiTPipeline, pictures: Callable[[str], tuple[Tensor, ...]], kind: str
+) -> None:
     plan = pipe.plan(SIDE, SIDE, tile=TILE, tile_overlap=OVERLAP)
     corners = {c * plan.factor for corner in plan.tiling.corners for c in corner}
     borders = sorted({edge for c in corners for edge in (c, c + TILE)} - {0, SIDE})
     assert len(plan.tiling.corners) == 9 and borders
-    whole, tiled = restored(pipe, damaged, 0), restored(pipe, damaged, TILE)
-    scores = [psnr(x, clean) for x in (damaged, whole, tiled)]
+    *_, whole, tiled = pictures(kind)
     # The photograph has edges of its own: what tiles add is against the picture in one piece.
     seam = steps(tiled, borders) / steps(whole, borders)
-    print(f"{kind}: damaged, whole, tiled {scores} dB; gradient at borders × {seam:.4f}")
-    assert scores[2] >= scores[1] - 0.2
+    print(f"{kind}: gradient at borders × {seam:.4f}")
     assert seam <= 1.05

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tests.training.processes import command as train_command
 from tests.training.processes import finish, server, start
 from training import checkpoints
+from training.interrupt import Stopped, StopRequests
 
 STEPS = 9
 
@@ -80,6 +81,35 @@ def test_sigterm_saves_and_ends_well(tmp_path: Path, undisturbed: Path) -> None:
     assert 0 < stopped < STEPS and not (run / "model").exists()
     assert finish(start(train_command, [*arguments(run), *RESUME])) == 0
     assert_equal_runs(undisturbed, run)
+
+
+def test_a_run_in_the_background_ignores_ctrl_c_but_not_a_scheduler() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopRequests() as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert not stop.asked
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+            assert stop.asked
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_stops_between_steps_and_the_second_at_once() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with StopRequests() as stop:
+            stop.check(2, "run")
+            signal.raise_signal(signal.SIGINT)
+            with pytest.raises(Stopped, match="stopped after step 3 of run"):
+                stop.check(3, "run")
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.slow

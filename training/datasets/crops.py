@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from mimdit.image_io import read_picture
 from training.data import clean_crop, stored, tensor, turn
-from training.datasets.layouts import prefer, read
+from training.datasets.layouts import prefer
 from training.datasets.pairs import PackedPairs, Pair
 from training.datasets.reading import PictureFile
 from training.degrade import degrade, kinds_of, sample_kinds
@@ -170,7 +170,7 @@ def training_set(
     types: only damages of these names (FoundIR's, or kinds joined by "+"). Where the data set has a
     training split and none is named, that is taken. Raises ValueError where nothing fits.
     """
-    listing = read(name, path, split) if split else prefer(name, path, "train")
+    listing = prefer(name, path, "train", split)
     if name == "clean":
         return DegradedCrops(listing.singles, size, seed, mixtures, types)
     pairs = listing.pairs
@@ -184,7 +184,7 @@ def training_set(
 
 def evaluation_set(name: str, path: str | Path, split: str | None = None) -> WholePairs:
     """Whole pictures of the data set at `path`, of its test split where it has one."""
-    return WholePairs((read(name, path, split) if split else prefer(name, path, "test")).pairs)
+    return WholePairs(prefer(name, path, "test", split).pairs)
 
 
 def _same_size(pair: Pair, clean: tuple[int, ...], damaged: tuple[int, ...]) -> None:

@@ -270,22 +270,15 @@ def read(name: str, path: str | Path, split: str | None = None) -> Listing:
     return listing
 
 
-def prefer(name: str, path: str | Path, wanted: str) -> Listing:
-    """The pairs of a split where the data set at `path` has pictures of it, else all that are
-    there; errors as of `read`."""
+def prefer(name: str, path: str | Path, wanted: str, split: str | None = None) -> Listing:
+    """The pairs of `split`; without one of the split `wanted` where the data set at `path` has
+    pictures of it, else all that are there. Errors as of `read`."""
+    if split is not None:
+        return read(name, path, split)
     try:
         return read(name, path, wanted)
     except ValueError:
         return read(name, path)
-
-
-def default_split(name: str, path: str | Path, wanted: str) -> str | None:
-    """`wanted` where the data set at `path` has pictures of that split, else None."""
-    try:
-        read(name, path, wanted)
-    except ValueError:
-        return None
-    return wanted
 
 
 def detect(path: str | Path) -> str:
