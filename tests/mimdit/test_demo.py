@@ -222,7 +222,8 @@ def test_many_visitors_at_once(served: tuple[str, int, Path], tmp_path: Path) ->
     def ask(i: int) -> np.ndarray:
         given = handle_file(str(paths[i]))
         answer = clients[i].predict(given, 1.0, 0, i, "none", api_name="/restore")
-        return read_picture(str(answer[2])).rgb
+        # A button is changed by an update, which holds the file.
+        return read_picture(answer[2]["value"]).rgb
 
     ask(0)
     before = resident(pid)
