@@ -18,7 +18,7 @@ EXAMPLES = {
     "haze": ("china", 60, 0, 420, {"beta": 1.4, "airlight": 0.85}),
     "low_light": ("coffee", 100, 0, 400, {}),
     "noise": ("motorcycle_left", 120, 20, 460, {"model": "gaussian", "sigma": 25 / 255, "gray": 0}),
-    "rain": ("china", 220, 7, 420, {}),
+    "rain": ("china", 220, 7, 420, {"length": 17.0, "width": 1.0, "strength": 0.75, "veil": 0.25}),
 }
 SIDE = 384
 
