@@ -14,6 +14,11 @@ _EPILOG = """examples:
 
 exit code: 0 exported and all checks held, 1 failed, 2 wrong arguments
 """
+# Arguments that say what is written.
+_WRITTEN = (
+    *("onnx", "trt", "trt_rtx", "sm", "workspace"),
+    *("precision", "sizes", "dynamic", "batch", "opset"),
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,9 +47,9 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--sm",
         type=lambda text: tuple(text.split(",")),
-        default=("89",),
         metavar="SM,…",
-        help="compute capabilities of the GPUs of --trt-rtx, such as 80,86,89,120 (default: 89)",
+        help="compute capabilities of the GPUs of --trt-rtx, such as 80,86,89,120 (default: that "
+        "of this machine's GPU, or 89 without one)",
     )
     add(
         "--workspace",
@@ -88,6 +93,21 @@ def build_parser() -> argparse.ArgumentParser:
         help="where ONNX Runtime runs for the check (default: cpu)",
     )
     return parser
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit with a sentence where an argument would have no effect."""
+    if args.out is None and not (args.check and args.model):
+        parser.error("expected --out DIR, or --check with the folder of an earlier export")
+    engines = args.trt or args.trt_rtx
+    without = dict.fromkeys(_WRITTEN, "--out: a check is of what the folder holds")
+    needs = without if args.out is None else {}
+    needs |= {} if args.trt_rtx else {"sm": "--trt-rtx"}
+    needs |= {} if engines else {"workspace": "--trt or --trt-rtx"}
+    needs |= {"device": "a check, but --no-check leaves it out"} if args.check is False else {}
+    for name, wanted in needs.items():
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} needs {wanted}")
 
 
 def sizes(text: str) -> list[tuple[int, int]]:

@@ -41,18 +41,30 @@ def open_graphs(
             warnings.warn(f"{error}; ONNX Runtime takes its place", stacklevel=3)
     if device == "auto":
         cuda = "CUDAExecutionProvider" in library("onnxruntime").get_available_providers()
-        device = "cuda" if cuda else "cpu"
+        try:
+            if cuda:
+                return "onnxruntime", _sessions(folder, manifest, "cuda", threads)
+        # The same installation serves hosts without a GPU.
+        except ExportError as error:
+            warnings.warn(f"{error}; the CPU takes its place", stacklevel=3)
+        device = "cpu"
     try:
-        return "onnxruntime", {
-            name: Session(folder / entry["file"], device, threads)
-            for name, entry in manifest["graphs"].items()
-        }
+        return "onnxruntime", _sessions(folder, manifest, device, threads)
     except ExportError as error:
         if manifest["precision"] != "bf16":
             raise
         raise ExportError(
             f"precision: expected one that onnxruntime computes in on {device}, got bf16 ({error})"
         ) from error
+
+
+def _sessions(
+    folder: Path, manifest: Mapping[str, Any], device: str, threads: int
+) -> dict[str, AnySession]:
+    return {
+        name: Session(folder / entry["file"], device, threads)
+        for name, entry in manifest["graphs"].items()
+    }
 
 
 def check_engines(folder: Path, manifest: Mapping[str, Any], name: str) -> None:

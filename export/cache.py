@@ -38,6 +38,12 @@ def engine_key(
     }
 
 
+def target_of(key: Mapping[str, Any]) -> Target:
+    """What an engine of this key was built for."""
+    capabilities = tuple(key["capabilities"]) if key["gpu"] == "any" else ()
+    return Target(key["library"], capabilities, key["workspace"])
+
+
 def graph_hash(path: Path) -> str:
     """Of an ONNX file and the weights beside it."""
     parts = sorted(path.parent.glob(f"{path.name}*"))

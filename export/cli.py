@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.arguments import build_parser
+from export.arguments import build_parser, check_arguments
 from export.libraries import ExportError, library
 from export.report import Stages, table
 from mimdit.cli.interrupts import Interrupts
@@ -28,8 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `mimdit-export`; returns the exit code."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.out is None and not (args.check and args.model):
-        parser.error("expected --out DIR, or --check with the folder of an earlier export")
+    check_arguments(parser, args)
     # Read when diffusers is first imported.
     for variable in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
         os.environ.setdefault(variable, "error")
@@ -75,9 +74,11 @@ def export(args: argparse.Namespace, progress: Callable[[str], None]) -> "Export
     from export.compare import require_comparable
     from export.engines import gpu, require
     from export.folder import export_folder
+    from export.manifest import refuse_other
     from export.plan import plan, targets
 
     # Before what takes minutes.
+    refuse_other(_named(args.out))
     for target in targets(args):
         require(target)
     # Engines that run here are compared without ONNX Runtime, too.
@@ -86,7 +87,8 @@ def export(args: argparse.Namespace, progress: Callable[[str], None]) -> "Export
     progress(f"loading {model}")
     pipe = load(model, args.precision)
     # Folders by their full path: they are read again by --check, from anywhere.
-    name = str(Path(model).resolve()) if Path(model).is_dir() else model
+    folder = Path(model).is_dir() and not _preset(model)
+    name = str(Path(model).resolve()) if folder else model
     return export_folder(pipe, _named(args.out), plan(pipe, args), name, progress)
 
 
@@ -113,20 +115,27 @@ def check(args: argparse.Namespace, progress: Callable[[str], None]) -> "Export"
 
 
 def _named(folder: Path) -> Path:
-    """A path with a name of its own, beside which others can lie: "." has none."""
-    return folder if folder.name not in ("", "..") else folder.resolve()
+    """A path with a name of its own, beside which others can lie: "." and links have none."""
+    return folder.resolve() if folder.name in ("", "..") or folder.is_symlink() else folder
+
+
+def _preset(name: str) -> bool:
+    """Whether a preset can be had by this name; it goes before a folder."""
+    from mimdit.loading import shipped
+
+    return name == "debug" or name in shipped()
 
 
 def load(name: str, precision: str) -> Any:
     """The pipeline on the CPU; `debug` has drawn weights."""
     from diffusers.utils import logging
 
-    from mimdit.loading import PRECISIONS, WEIGHTS, assemble, load_pipeline
+    from mimdit.loading import PRECISIONS, assemble, load_pipeline
     from mimdit.presets import PRESETS, build
 
     logging.disable_progress_bar()
     if name != "debug":
-        if name in PRESETS and not (WEIGHTS / name).is_dir():
+        if name in PRESETS and not _preset(name) and not Path(name).is_dir():
             raise ExportError(
                 f"{name} ships without weights; make a folder with mimdit-init, and name that"
             )

@@ -3,12 +3,14 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from export.backends import check_engines
+from export.cache import target_of
 from export.checks import GATES, Check
 from export.graphs import graphs_of
 from export.libraries import ExportError
@@ -51,6 +53,8 @@ def compare(
     wide = None if precision == "fp32" else _in_float32(pipe)
     names = _runtimes(folder, manifest, device, progress)
     for name in names:
+        engines = manifest["engines"].get(name, {})
+        look = replace(locate, target=next((target_of(e["key"]) for e in engines.values()), None))
         progress(f"loading the graphs in {name}")
         with _advice():
             exported = ExportedPipeline(folder, device, torch.get_num_threads(), name)
@@ -62,12 +66,12 @@ def compare(
             sizes,
             wide,
             progress=progress,
-            locate=locate if onnx else None,
+            locate=look,
         )
         progress("checking every step")
         found += located(
             list(check_steps(pipe, exported.graphs, precision, (1, *sizes[0][1:]), STEPS)),
-            locate if onnx else None,
+            look,
         )
         if settings["picture"] is not None:
             progress("restoring a picture")

@@ -1,7 +1,6 @@
 """A pipeline as a folder: graphs, engines, prompts, parity report and manifest."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from export.graphs import graphs_of
 from export.inputs import Size
 from export.libraries import ExportError, versions
 from export.limits import Limits, codec_side, graph_limits, tracing, usual_side
-from export.manifest import finished_folder, refuse_other, weights_hash, write_manifest
+from export.manifest import finished_folder, link, refuse_other, weights_hash, write_manifest
 from export.onnx_export import Written, export_onnx, input_shapes
 from export.pictures import Picture
 from mimdit.codec import codec_factor
@@ -164,7 +163,7 @@ def check_folder(
         # Links: writing them would write those of the folder that is to be replaced.
         for name in manifest["files"]:
             if name != PARITY:
-                _link(target / name, work / name)
+                link(target / name, work / name)
         write_manifest(work, entries | {"parity": "not checked"})
         checks = compare(pipe, work, device, {}, progress)
         write_report(work, entries, checks)
@@ -209,14 +208,6 @@ def _enough_space(pipe: MiMDiTPipeline, target: Path, settings: Settings) -> Non
         )
 
 
-def _link(source: Path, copy: Path) -> None:
-    """The same file under another name; a copy where the file system has no such links."""
-    try:
-        os.link(source, copy)
-    except OSError:
-        shutil.copyfile(source, copy)
-
-
 def _scheduler(pipe: MiMDiTPipeline) -> dict[str, float]:
     """What `runtime.euler_sigmas` needs; it knows statically shifted Euler steps alone."""
     scheduler, config = pipe.scheduler, dict(pipe.scheduler.config)
@@ -247,7 +238,7 @@ def _scheduler(pipe: MiMDiTPipeline) -> dict[str, float]:
 def _runtime(pipe: MiMDiTPipeline, scheduler: dict[str, float]) -> dict[str, Any]:
     """What the runtime needs to know of the pipeline."""
     config, codec = pipe.transformer.config, pipe.vae
-    vae = isinstance(codec, AutoencoderKL)
+    vae, mim = isinstance(codec, AutoencoderKL), pipe.transformer.mim
     return {
         "codec": "vae" if vae else "pixel",
         "factor": codec_factor(codec),
@@ -259,6 +250,7 @@ def _runtime(pipe: MiMDiTPipeline, scheduler: dict[str, float]) -> dict[str, Any
         "default_steps": pipe.config["default_steps"],
         "default_shifts": pipe.config["default_shifts"],
         "prompts": list(config["prompts"]),
+        "mixtures": {"groups": list(mim.groups), "experts": mim.experts},
         "scheduler": scheduler,
     }
 

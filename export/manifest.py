@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 MANIFEST = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 
 
 def weights_hash(parts: "Iterable[nn.Module]") -> str:
@@ -86,6 +86,14 @@ def verify(folder: Path | str, expected: Mapping[str, Any] | None = None) -> dic
     return manifest
 
 
+def link(source: Path, copy: Path) -> None:
+    """The same file under another name; a copy where the file system has no such links."""
+    try:
+        os.link(source, copy)
+    except OSError:
+        shutil.copyfile(source, copy)
+
+
 def _own_hash(manifest: Mapping[str, Any]) -> str:
     """Of all fields but the hash itself."""
     rest = {name: value for name, value in manifest.items() if name != "sha256"}
@@ -111,15 +119,11 @@ def finished_folder(target: Path) -> Iterator[Path]:
     own move along. What a killed process left of its own attempt goes first.
 
     Raises:
-        ExportError: `target` is neither new, empty nor an export.
+        ExportError: `target` is neither new, empty nor an export, or cannot be replaced.
     """
     refuse_other(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    for abandoned in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
-        lock = _lock(abandoned)
-        if lock is not None:
-            shutil.rmtree(abandoned, ignore_errors=True)
-            os.close(lock)
+    _clear(target)
     # In the same folder, so that renaming moves no data.
     work = Path(tempfile.mkdtemp(".partial", f".{target.name}.", target.parent))
     work.chmod(0o755)
@@ -127,28 +131,58 @@ def finished_folder(target: Path) -> Iterator[Path]:
     try:
         yield work
         earlier = work.with_suffix(".earlier")
-        if target.exists():
-            target.rename(earlier)
         try:
+            if target.exists():
+                target.rename(earlier)
             work.rename(target)
-        except OSError:
-            if earlier.exists():
-                earlier.rename(target)
-            raise
-        for other in _others(earlier):
-            if not (target / other.name).exists():
-                other.rename(target / other.name)
-        shutil.rmtree(earlier, ignore_errors=True)
+        finally:
+            _settle(earlier, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
         if lock is not None:
             os.close(lock)
 
 
+def _clear(target: Path) -> None:
+    """Away with what killed processes left of their attempts; the export that they were about to
+    replace comes back."""
+    # As `tempfile` names folders: those of "out.old" are not those of "out".
+    name = f".{glob.escape(target.name)}.{'[!.]' * 8}"
+    for abandoned in target.parent.glob(f"{name}.partial"):
+        lock = _lock(abandoned)
+        if lock is not None:
+            shutil.rmtree(abandoned, ignore_errors=True)
+            os.close(lock)
+    for earlier in target.parent.glob(f"{name}.earlier"):
+        # Whoever is still at it has a lock on the one or the other.
+        if not earlier.with_suffix(".partial").exists():
+            lock = _lock(target)
+            if lock is not None or not target.exists():
+                _settle(earlier, target)
+            if lock is not None:
+                os.close(lock)
+
+
+def _settle(earlier: Path, target: Path) -> None:
+    """Put an export aside back in its place, or away where that is taken."""
+    if not earlier.is_dir():
+        return
+    if not target.exists():
+        earlier.rename(target)
+        return
+    for other in _others(earlier):
+        if not (target / other.name).exists():
+            other.rename(target / other.name)
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
 def refuse_other(target: Path) -> None:
-    """ExportError unless a folder is new, empty or an export, whole or damaged."""
+    """ExportError unless a folder is new, empty or an export, and can be replaced."""
     if target.exists() and not target.is_dir():
         raise ExportError(f"{target}: is a file; give a folder")
+    # Such as a volume of a container.
+    if os.path.ismount(target):
+        raise ExportError(f"{target}: is a mount point, not to be replaced; give a folder in it")
     if not target.is_dir() or not any(target.iterdir()):
         return
     # Folders of other programs have a file of this name, too.

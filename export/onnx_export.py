@@ -53,7 +53,7 @@ def translate(graph: Graph, limits: Limits, opset: int) -> Any:
     """A graph as torch's `ONNXProgram`; to be called inside `graphs.traceable`.
 
     Raises:
-        ExportError: an operator that ONNX cannot express.
+        ExportError: an operator that ONNX cannot express, or sizes that torch cannot trace.
     """
     library("onnxscript")
     batch, rows, columns = limits.traced()
@@ -61,9 +61,15 @@ def translate(graph: Graph, limits: Limits, opset: int) -> Any:
     with warnings.catch_warnings():
         # Of torch, about its own translation.
         warnings.simplefilter("ignore")
-        program = torch.export.export(
-            graph, (), example, dynamic_shapes=dynamic_shapes(graph, example, limits)
-        )
+        shapes = dynamic_shapes(graph, example, limits)
+        try:
+            program = torch.export.export(graph, (), example, dynamic_shapes=shapes)
+        # Of torch's solver too, which gives up on some sizes that vary (Swin, patches of one).
+        except Exception as error:
+            one = "; give one size (--sizes HxW)" if limits.side[0] < limits.side[1] else ""
+            raise ExportError(
+                f"{graph.name}: torch.export cannot trace it ({first_line(error)}){one}"
+            ) from error
         try:
             exported: Any = torch.onnx.export(
                 program,
@@ -77,7 +83,7 @@ def translate(graph: Graph, limits: Limits, opset: int) -> Any:
             )
         except torch.onnx.errors.OnnxExporterError as error:
             raise ExportError(f"{graph.name}: {_unknown(error)}") from error
-        _optimize(exported.model, graph.outputs)
+        optimize(exported.model, graph.outputs)
     _tidy(exported.model, graph)
     return exported
 
@@ -122,7 +128,7 @@ def input_shapes(graph: Graph, limits: Limits) -> dict[str, list[int]]:
     }
 
 
-def _optimize(model: Any, outputs: Sequence[str]) -> None:
+def optimize(model: Any, outputs: Sequence[str]) -> None:
     """What torch's exporter does, but weights stay whole and under their own names.
 
     They can then be compared with the checkpoint one by one, and exchanged for others.

@@ -3,7 +3,7 @@
 import argparse
 
 from export.compare import STEPS
-from export.engines import Target
+from export.engines import Target, gpu
 from export.folder import Settings
 from export.limits import Limits, codec_side
 from export.pictures import Picture
@@ -70,4 +70,6 @@ def targets(args: argparse.Namespace) -> list[Target]:
     """What engines the arguments ask for."""
     workspace = None if args.workspace is None else int(args.workspace * 2**30)
     wanted = [Target("tensorrt", (), workspace)] if args.trt else []
-    return wanted + ([Target("tensorrt_rtx", args.sm, workspace)] if args.trt_rtx else [])
+    here = gpu()
+    capabilities = args.sm or (here["capability"] if here else "89",)
+    return wanted + ([Target("tensorrt_rtx", capabilities, workspace)] if args.trt_rtx else [])

@@ -8,6 +8,7 @@ give equal pictures. Neither diffusers nor a module of the network is imported.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ from export.loop import Routing, denoiser, routing_of
 from export.manifest import verify
 from mimdit.color import color_fix
 from mimdit.inputs import Pictures, to_tensor
-from mimdit.options import check_options, grid_places
+from mimdit.options import callback_tensors, check_options, grid_places
 from mimdit.tiling import Tiling, codec_tiles, plan_tiles, reflect_pad
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -58,6 +59,8 @@ class ExportedPipeline:
             raise ExportError(f"{folder}: parity: expected passed, got failed; see parity.json")
         self.settings: dict[str, Any] = self.manifest["runtime"]
         self.limits: dict[str, list[int]] = self.manifest["limits"]
+        # Named as a pipeline's, for reports of the routing.
+        self.transformer = SimpleNamespace(mim=SimpleNamespace(**self.settings["mixtures"]))
         self.runtime, self.graphs = open_graphs(folder, self.manifest, device, threads, runtime)
         with np.load(folder / "prompts.npz") as file:
             self._text = {
@@ -112,10 +115,11 @@ class ExportedPipeline:
         check_options(
             steps, shifts, strength, color_fix, tile, tile_overlap, tile_batch, routing, output_type
         )
-        unable = {"prompt": prompt, "negative_prompt": negative_prompt, "experts": experts}
+        unable = {"prompt": prompt, "negative_prompt": negative_prompt, "experts": experts or None}
         for name, value in unable.items():
-            if value:
+            if value is not None:
                 raise ValueError(f"{name}: expected none for an exported folder, got {value!r}")
+        named = callback_tensors(callback_on_step_end, callback_on_step_end_tensor_inputs)
         damaged = to_tensor(image)
         pictures, _, height, width = damaged.shape
         if pictures > most:
@@ -148,9 +152,7 @@ class ExportedPipeline:
                     time = torch.tensor(float(now * settings["scheduler"]["train_steps"]))
                     latents = latents + float(then - now) * velocity(latents, time)
                     if callback_on_step_end is not None:
-                        named = {"latents": latents}
-                        state = {name: named[name] for name in callback_on_step_end_tensor_inputs}
-                        given = callback_on_step_end(self, i, time, state)
+                        given = callback_on_step_end(self, i, time, dict.fromkeys(named, latents))
                         latents = given.pop("latents", latents)
                 taken = routing_of(chosen) if taken is None else taken
                 if output_type == "latent":

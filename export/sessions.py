@@ -135,8 +135,11 @@ class EngineSession:
             self.context.set_tensor_address(name, x.data_ptr())
         if not self.context.execute_async_v3(self._stream()):
             raise ExportError(f"{self.name}: cannot run it ({self._logger.reason()})")
-        # Copies to the CPU wait for the stream.
-        return {name: held[name].cpu().numpy() for name in self.outputs}
+        # Copies to the CPU wait for the stream; NumPy has no bfloat16.
+        out = {name: held[name].cpu() for name in self.outputs}
+        return {
+            name: (x.float() if x.dtype == torch.bfloat16 else x).numpy() for name, x in out.items()
+        }
 
     def _dtype(self, name: str) -> torch.dtype:
         kind = self.engine.get_tensor_dtype(name).name

@@ -140,23 +140,24 @@ def reuse(exported: Exported, change: Callable[[Path], None] = lambda _: None) -
 
 def with_gpu(patch: pytest.MonkeyPatch, found: dict[str, str] | None) -> None:
     """What all modules take for the GPU of this machine."""
-    from export import backends, cache, engines
+    from export import backends, cache, engines, plan
 
-    for module in (engines, cache, backends):
+    for module in (engines, cache, backends, plan):
         patch.setattr(module, "gpu", lambda: found)
 
 
 def with_tensorrt(patch: pytest.MonkeyPatch) -> Any:
     """A recording `tensorrt`, a GPU, and sessions whose memory is the CPU's."""
     pytest.importorskip("onnxruntime")
-    from export import backends
+    from export import backends, locate
     from export.sessions import EngineSession
     from tests.export import fake_tensorrt
 
     fake = fake_tensorrt.module("10.16.1")
     patch.setitem(sys.modules, "tensorrt", fake)
     with_gpu(patch, GPU_A)
-    patch.setattr(backends, "EngineSession", partial(EngineSession, device="cpu"))
+    for module in (backends, locate):
+        patch.setattr(module, "EngineSession", partial(EngineSession, device="cpu"))
     return fake
 
 

@@ -12,13 +12,13 @@ from onnx import helper, numpy_helper
 Change = Callable[[Path], None]
 
 
-def weight(graph: str, name: str) -> Change:
+def weight(graph: str, name: str, by: float = 0.5) -> Change:
     """One number of a weight is off."""
 
     def change(model: Any) -> None:
         stored = next(w for w in model.graph.initializer if w.name == name)
         value = numpy_helper.to_array(stored).copy()
-        value.flat[value.size // 2] += 0.5
+        value.flat[value.size // 2] += by
         stored.CopyFrom(numpy_helper.from_array(value, name))
 
     return _within(graph, change)

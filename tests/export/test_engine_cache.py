@@ -1,7 +1,10 @@
 """Engines are kept by all that they depend on, and refused where one of it differs."""
 
 import shutil
+import warnings
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ from export.cache import differs
 from export.engines import Target
 from export.libraries import ExportError
 from export.runtime import ExportedPipeline
+from mimdit.cli.model import load
 from tests.export.conftest import GPU_A, UNCHECKED, Exported, reuse, with_gpu
 
 
@@ -129,3 +133,20 @@ def test_engines_are_compared_where_onnx_runtime_lacks_their_precision(
     with_gpu(monkeypatch, None)
     assert cli.main(["--check", str(built)]) == 1
     assert "mimdit-export: precision: expected another one" in capsys.readouterr().err
+
+
+def test_what_takes_an_engines_place_is_said(
+    built: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """By `mimdit-restore`, too, which is silent about warnings."""
+    entry = SimpleNamespace(load=lambda: ExportedPipeline)
+    monkeypatch.setattr("mimdit.cli.model.entry_points", lambda **_: [entry])
+    with_gpu(monkeypatch, GPU_A | {"name": "GPU B"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipe = load(Namespace(debug=False, engine=built, device="auto"))
+    assert pipe.runtime == "onnxruntime"
+    assert capsys.readouterr().err == (
+        "note: pool.trt.engine: gpu: expected 'GPU B', got 'GPU A'; export again; "
+        "ONNX Runtime takes its place\n"
+    )

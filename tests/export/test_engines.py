@@ -1,6 +1,7 @@
 """Engines: TensorRT-RTX's are built for real, which takes no GPU; TensorRT's calls are recorded."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from export.engines import Target, build_engine, profile_shapes
 from export.graphs import graphs_of
 from export.libraries import ExportError
 from export.limits import Limits
+from export.locate import Locator
 from export.manifest import verify
 from export.onnx_export import input_shapes
 from export.runtime import ExportedPipeline
@@ -103,6 +105,51 @@ def test_what_is_missing_is_said(
         ExportedPipeline(exported.folder, runtime="tensorrt")
     with pytest.raises(ExportError, match=r"runtime: expected one of auto, .*, got 'torch'"):
         ExportedPipeline(exported.folder, runtime="torch")
+
+
+def test_faults_of_engines_have_a_place(
+    exported: Exported, tensorrt: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is right, and what is built of it is not."""
+    build = tensorrt.Builder.build_serialized_network
+    change = damage.weight("denoiser", "model.transformer_blocks.0.attn.to_out.0.weight", 8)
+
+    def faulty(builder: Any, network: Any, config: Any) -> Any:
+        change(Path(network.path))
+        return build(builder, network, config)
+
+    inputs = graphs_of(exported.pipe)[2].example(2, 9, 12)
+    inputs = {name: x.detach() for name, x in inputs.items()}
+    found = []
+    for method in (build, faulty):
+        monkeypatch.setattr(tensorrt.Builder, "build_serialized_network", method)
+        options = (exported.pipe, exported.folder, LIMITS, 18, 1e-5, exported.programs)
+        found.append(Locator(*options, target=Target("tensorrt"))("denoiser", inputs, False))
+    assert found[0] == "no node is far off its traced one"
+    place = r"first difference: block 0, \w+ \w+ in model\.transformer_blocks\.0\S*, error"
+    assert re.match(place, found[1]), found
+
+
+@pytest.mark.slow
+def test_rtx_takes_the_graphs_that_places_are_looked_for_in(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    from export import locate
+
+    sizes: list[int] = []
+
+    def session(path: Path, library: str) -> None:
+        sizes.append(path.stat().st_size)
+        raise ExportError("no GPU")
+
+    monkeypatch.setattr(locate, "EngineSession", session)
+    options = (exported.pipe, exported.folder, LIMITS, 18, 1e-5, exported.programs)
+    locator = Locator(*options, target=Target("tensorrt_rtx", ("89",)))
+    inputs = graphs_of(exported.pipe)[2].example(1, 8, 8)
+    inputs = {name: x.detach() for name, x in inputs.items()}
+    assert locator("denoiser", inputs, False) == "no place found (no GPU)"
+    assert sizes[0] > (exported.folder / "denoiser.onnx").stat().st_size / 2
 
 
 @pytest.mark.parametrize("name", ["tensorrt", "tensorrt_rtx"])

@@ -12,13 +12,15 @@ from export import folder, locate
 from export.checks import GATES
 from export.folder import Settings, export_folder
 from export.graphs import Graph, graphs_of, traceable
-from export.limits import Limits, graph_limits
+from export.libraries import ExportError
+from export.limits import Limits, graph_limits, tracing
 from export.locate import Locator
-from export.onnx_export import Written
+from export.onnx_export import Written, optimize, translate
 from export.parity import check_graphs
 from mimdit import mim
 from mimdit.loading import PRECISIONS
 from mimdit.metrics import psnr
+from mimdit.spectrum import reshape_spectrum
 from tests.export.conftest import pipeline, sd35
 from tests.export.eager import EagerGraph, eager_graphs, eager_runtime
 
@@ -138,3 +140,35 @@ def test_codecs_take_pictures_of_any_size_in_tiles(
     checks = check_graphs(pipe, runtime.graphs, "fp32", [(1, 13, 16)], kinds=["random"])
     assert [c for c in checks if not c.passed] == []
     assert {c.size for c in checks if "vae" in c.graph} == {"1×12×12" if side == 192 else "1×13×16"}
+
+
+class _Shaped(torch.nn.Module):
+    def forward(self, pixels: torch.Tensor, controls: torch.Tensor) -> torch.Tensor:
+        return reshape_spectrum(pixels, controls, torch.ones(1, 1, 1, 1))
+
+
+def test_blocks_of_one_colour_stay_numbers(tmp_path: Path) -> None:
+    """Whose coefficients are zero, and so are their thresholds; an optimiser drops small sums."""
+    ort = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    given = {"pixels": torch.ones(1, 3, 16, 16), "controls": torch.zeros(1, 96, 4, 4)}
+    program: Any = torch.onnx.export(
+        _Shaped().eval(), tuple(given.values()), input_names=[*given], dynamo=True, optimize=False,
+        verbose=False,
+    )  # fmt: skip
+    optimize(program.model, ["out"])
+    program.save(tmp_path / "shaped.onnx")
+    session = ort.InferenceSession(tmp_path / "shaped.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {name: x.numpy() for name, x in given.items()})
+    np.testing.assert_allclose(found, given["pixels"].numpy(), atol=1e-6)
+
+
+def test_sizes_that_torch_cannot_trace() -> None:
+    pipe = pipeline(**ABLATIONS[1])
+    limits = Limits((1, 1), (8, 24))
+    graph = graphs_of(pipe)[1]
+    with (
+        tracing(pipe, limits),
+        pytest.raises(ExportError, match=r"conditioner: torch.export .*; give one size \(--sizes"),
+    ):
+        translate(graph, graph_limits(pipe, graph, limits), 20)

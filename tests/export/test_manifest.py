@@ -67,7 +67,7 @@ def set_format(path: Path) -> None:
         ("pool.onnx", Path.unlink, "files.pool.onnx is missing"),
         ("prompts.npz", flip, "files.prompts.npz.sha256: expected"),
         ("manifest.json", set_precision, "sha256: expected"),
-        ("manifest.json", set_format, "format: expected 2, got 0"),
+        ("manifest.json", set_format, "format: expected 3, got 0"),
         ("manifest.json", shorten, "not|sha256|manifest.json"),
         ("manifest.json", lambda path: path.write_text("{"), "manifest.json cannot be read"),
         ("manifest.json", lambda path: path.write_text("[]"), "manifest.json is no JSON object"),

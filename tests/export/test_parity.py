@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from export.libraries import ExportError
 from export.parity import check_graphs
 from export.runtime import ExportedPipeline, euler_sigmas
 from mimdit.metrics import psnr
+from mimdit.report import expert_names
 from mimkernels import expert_depthwise3x3
 from tests.export.conftest import Exported, pipeline
 
@@ -150,6 +152,11 @@ def test_pictures_equal_the_pipelines(
         ({"color_fix": "red"}, "color_fix: expected one of none, adain, wavelet, got 'red'"),
         ({"output_type": "jpg"}, "output_type: expected pil, np, pt or latent, got 'jpg'"),
         ({"prompt": "a cat"}, "prompt: expected none for an exported folder, got 'a cat'"),
+        ({"negative_prompt": ""}, "negative_prompt: expected none for an exported folder, got ''"),
+        (
+            {"callback_on_step_end_tensor_inputs": ["latents", "noise"]},
+            "callback_on_step_end_tensor_inputs: expected latents, got 'noise'",
+        ),
         (
             {"generator": [torch.Generator()] * 2},
             "generator: expected one, or 1 for as many pictures, got 2",
@@ -205,6 +212,32 @@ def test_devices_are_named(exported: Exported, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(ExportError, match="with CUDAExecutionProvider for cuda, got one with CPU"):
         ExportedPipeline(exported.folder, "cuda", runtime="onnxruntime")
+
+
+def test_hosts_without_a_gpu_take_the_cpu(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where ONNX Runtime has what a GPU would need."""
+    ort = pytest.importorskip("onnxruntime")
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(ort, "get_available_providers", lambda: providers)
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        runtime = ExportedPipeline(exported.folder)
+        with pytest.raises(ExportError, match="onnxruntime cannot use cuda"):
+            ExportedPipeline(exported.folder, "cuda")
+    assert {graph.device for graph in runtime.graphs.values()} == {"cpu"}
+    message = "pool.onnx: onnxruntime cannot use cuda; see its messages; the CPU takes its place"
+    assert message in [str(note.message) for note in notes]
+
+
+def test_experts_have_the_names_that_the_pipelines_have(
+    exported: Exported, runtime: ExportedPipeline
+) -> None:
+    """In reports, also of pictures that leave the last ones out."""
+    routing = {"inter": np.ones((2, 1, 4)), "index": np.zeros((2, 1, 4, 2), int)}
+    names = expert_names(runtime, routing)
+    assert names == expert_names(exported.pipe, routing) != expert_names(object(), routing)
 
 
 def test_too_many_pictures(runtime: ExportedPipeline) -> None:
