@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from mimdit.errors import first_line
 from training import checkpoints
 from training.config import ABLATIONS
 from training.flags import resolve
+from training.interrupt import Stopped
 from training.train import start
 
 # Rows: label, variant, and the paper's LPIPS and MUSIQ.
@@ -124,8 +126,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         _claim(args.output, given | {"base": args.base})
         for name in args.variants:
             results[name] = run_variant(args.base, name, args.output, given)
+    except Stopped as stopped:
+        print(f"stopped after step {stopped.step} of {stopped.output}; the same command goes on")
+        return 130
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {first_line(error)}", file=sys.stderr)
         return 1
     text = "\n\n".join(
         table(title, results)

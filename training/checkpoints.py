@@ -7,14 +7,15 @@ is the same for one process, several, and sharded ones:
     model.safetensors      trained parameters, and the routers' running means
     ema.safetensors        averages of the trained parameters
     optimizer.bin, optimizer_1.bin …    `state_dict` of each optimiser
-    state.json             the step, the number of processes, and the settings of the run
+    state.json             the step, the number of processes, the settings of run and model
 """
 
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ class Checkpoint:
         team: Team,
     ) -> None:
         self.optimisers, self.ema, self.settings, self.team = optimisers, ema, settings, team
+        self.config = _plain(model)
         self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.buffers = {f"mim.{n}": b for n, b in model.mim.named_buffers()}
 
@@ -85,14 +87,15 @@ class Checkpoint:
             unfinished = out / f".unfinished-{step}"
             clear(out)
             unfinished.mkdir()
-            save_file(model, unfinished / _MODEL)
-            save_file(average, unfinished / _EMA)
-            for i, state in enumerate(states):
-                torch.save(state, unfinished / _optimizer_name(i))
             content = {"step": step, "processes": self.team.processes}
-            content |= {"settings": asdict(self.settings)}
-            (unfinished / _STATE).write_text(json.dumps(content, indent=1))
-            move(unfinished, folder)
+            content |= {"settings": asdict(self.settings), "model": self.config}
+            with writing(unfinished, folder):
+                save_file(model, unfinished / _MODEL)
+                save_file(average, unfinished / _EMA)
+                for i, state in enumerate(states):
+                    torch.save(state, unfinished / _optimizer_name(i))
+                (unfinished / _STATE).write_text(json.dumps(content, indent=1))
+                move(unfinished, folder)
             for old in found(out)[: -self.settings.keep_checkpoints or None]:
                 # With keep_checkpoints = 0 all stay; never the one just written.
                 if self.settings.keep_checkpoints and old != folder:
@@ -147,12 +150,15 @@ class Checkpoint:
             tensor.copy_(like(stored[name], tensor))
 
 
-def changes(folder: Path, settings: Settings, processes: int) -> list[str]:
-    """Settings that differ from those a checkpoint was written with, as "name: before → now", and
-    the number of processes where steps have other pictures with it."""
+def changes(
+    folder: Path, settings: Settings, processes: int, model: MiMDiTTransformer2DModel | None = None
+) -> list[str]:
+    """Settings, and those of the model, that differ from what a checkpoint was written with, as
+    "name: before → now", and the number of processes where steps have other pictures with it."""
     state = json.loads((folder / _STATE).read_text())
-    before = state["settings"]
-    now = json.loads(json.dumps(asdict(settings)))
+    # Shapes of tensors tell some models apart, but not their routing.
+    before = state["settings"] | state.get("model", {})
+    now = json.loads(json.dumps(asdict(settings))) | ({} if model is None else _plain(model))
     if not settings.total_batch and "processes" in state:
         before = before | {"processes": state["processes"]}
         now["processes"] = processes
@@ -209,6 +215,23 @@ def move(unfinished: Path, folder: Path) -> None:
         _drop(folder)
     unfinished.rename(folder)
     sync(folder.parent)
+
+
+@contextmanager
+def writing(unfinished: Path, folder: Path) -> Iterator[None]:
+    """OSError, one sentence, for all that fails inside; nothing half-written stays."""
+    try:
+        yield
+    # A full disk is another error to each of the libraries that write.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise OSError(f"{folder} cannot be written: {first_line(error)}") from error
+
+
+def _plain(model: MiMDiTTransformer2DModel) -> dict[str, Any]:
+    """The model's settings as JSON has them."""
+    found = {k: v for k, v in dict(model.config).items() if not k.startswith("_")}
+    return json.loads(json.dumps(found, default=str))
 
 
 def _drop(folder: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 OPTIMIZERS = ("muon", "adam", "adamw", "adam8bit")
 SCHEDULES = ("cosine", "constant")
+WEIGHTINGS = ("none", "sigma_squared")
 Sizes = int | tuple[int, ...]
 Stage = tuple[Sizes, Sizes, float]
 
@@ -41,6 +42,7 @@ class Settings:
     t_mean: float = 0.5
     t_std: float = 1.2
     pure_noise: float = 0.8
+    weighting: str = "none"
     balance: float = 0.0
     mixtures: float = 0.25
     tiled: float = 0.0
@@ -88,6 +90,7 @@ class Settings:
 _ALLOWED = {
     "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,
+    "weighting": WEIGHTINGS,
     "mixed_precision": ("no", "bf16"),
     "report_to": ("none", "tensorboard"),
 }
@@ -97,6 +100,7 @@ _LEAST = {
     "checkpointing_steps": 1,
     "log_steps": 1,
     "latents_pairs": 1,
+    "seed": 0,
     "warmup": 0,
     "keep_checkpoints": 0,
     "total_batch": 0,

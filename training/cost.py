@@ -73,6 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--train-backbone", action="store_true")
     args = p.parse_args(argv)
     factor = 8 if "sd35" in args.model else 4
+    unit = factor * PRESETS[args.model]["patch_size"]
+    if args.crop < 1 or args.crop % unit:
+        p.error(f"--crop: expected a multiple of {unit} pixels, got {args.crop}")
+    if not 0 < args.share <= 1:
+        p.error(f"--share: expected above 0, to 1, got {args.share:g}")
     side = args.crop // factor
     with FakeTensorMode():
         model = build(args.model)

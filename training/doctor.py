@@ -185,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = args.dataset or detect(args.path)
         progress = sys.stderr.isatty()
         report = examine(name, args.path, args.split, args.workers, progress)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"mimdit-data: {error}", file=sys.stderr)
         return 2
     print(json.dumps(report.as_dict(), indent=2) if args.json else table(report))

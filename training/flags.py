@@ -11,6 +11,7 @@ from training.config import (
     ABLATIONS,
     OPTIMIZERS,
     SCHEDULES,
+    WEIGHTINGS,
     Model,
     Settings,
     in_turn,
@@ -77,6 +78,7 @@ RUN = (
     Flag("time-mean", "t_mean", float, "of the logit-normal times"),
     Flag("time-std", "t_std", float, "of the logit-normal times"),
     Flag("pure-noise", "pure_noise", float, "share of draws at t = 1"),
+    Flag("weighting-scheme", "weighting", str, "of the velocity's error", WEIGHTINGS),
     Flag("balance", "balance", float, "weight of load balancing"),
     Flag("mixed-precision", "mixed_precision", str, "of the passes", ("no", "bf16")),
     Flag("fsdp", "sharded", bool, "shard weights and optimiser states over processes (FSDP2)"),
@@ -113,6 +115,7 @@ OPTIONS = (
     Flag("top-k", "top_k", int, "active sub-experts"),
     Flag("inter", "inter", str, "between groups", ("dense", "sparse")),
     Flag("intra", "intra", str, "inside a group", ("dense", "sparse")),
+    Flag("renormalize", "renormalize", bool, "let the active sub-experts' weights sum to one"),
 )
 # Keys that more than one field follows from.
 _SHAPED = (
@@ -127,6 +130,7 @@ _SHAPED = (
     Flag("train-batch-size", "batch", int, "pictures of a process and pass, in every stage"),
     Flag("freeze-backbone", "freeze", bool, "train only the mixtures"),
 )
+_NEEDS = {"validation_data": "validation_steps", "cache_pairs": "cache_latents"}
 KEYS = {flag.key: flag for flag in (*RUN, *MODEL, *OPTIONS, *_SHAPED)}
 
 
@@ -185,6 +189,11 @@ def resolve(given: Mapping[str, Any]) -> tuple[Settings, Model]:
         file.pop("preset", None)
     values = config.preset(name or "tiny") | {key: _checked(key, v) for key, v in file.items()}
     values |= {key: value for key, value in given.items() if key in KEYS}
+    _settle_passes(values, given, file)
+    for name, other in _NEEDS.items():
+        if (name in given or name in file) and not values.get(other):
+            flag, beside = (f"--{key.replace('_', '-')}" for key in (name, other))
+            raise ValueError(f"{flag}: expected {beside} beside it, without which it does nothing")
     # A shape given by a flag wins over one of the preset or the file, whatever its form.
     if "stages" in given:
         for key in ("resolution", "train_batch_size"):
@@ -203,6 +212,24 @@ def resolve(given: Mapping[str, Any]) -> tuple[Settings, Model]:
     frozen = values.get("freeze_backbone", False)
     settings = Settings(**run, stages=stages, train_backbone=not frozen)
     return settings, Model(**model, options=options)
+
+
+def _settle_passes(values: dict[str, Any], *layers: Mapping[str, Any]) -> None:
+    """Passes are given or follow from the total batch: the first layer to say so decides, and where
+    none does the preset. ValueError where one layer says both."""
+    for layer in layers:
+        total = layer.get("total_batch_size")
+        passes = layer.get("gradient_accumulation_steps")
+        if total and passes is not None:
+            raise ValueError(
+                "--gradient-accumulation-steps: expected none beside --total-batch-size, which it "
+                f"follows from, got {passes} and {total}"
+            )
+        if total is not None:
+            return
+        if passes is not None:
+            values["total_batch_size"] = 0
+            return
 
 
 def _checked(key: str, value: Any) -> Any:

@@ -27,6 +27,7 @@ from mimdit.codec import Codec, encode
 from training.batches import Pair, plainly
 from training.checkpoints import replace_text, sync
 from training.config import Settings
+from training.datasets.pairs import pictures
 from training.parallel import Team
 
 # Pairs of one file; at 512×512 pixels and SD3.5's VAE 134 MB in float32.
@@ -77,14 +78,14 @@ def weights_digest(codec: Codec) -> str:
 
 
 def data_identity(settings: Settings) -> list[str]:
-    """The path of the data, and a digest of its files' names and sizes, or of a list's text."""
+    """The path of the data, and a digest of its pictures' names and sizes, or of a list's text."""
     if settings.data is None:
         return ["built-in"]
     found, root = hashlib.sha256(), Path(settings.data).resolve()
     # A list of pairs, or the folder of them.
     if root.is_file():
         found.update(root.read_bytes())
-    for path in sorted(p for p in root.rglob("*") if p.is_file()):
+    for path in pictures(root) if root.is_dir() else ():
         found.update(f"{path.relative_to(root).as_posix()} {path.stat().st_size}\n".encode())
     return [str(root), found.hexdigest()[:16]]
 

@@ -21,7 +21,8 @@ from training.config import Settings
 from training.interrupt import Stopped, StopRequests
 from training.latents import cache_latents, pictures_to_latents
 from training.optim import optimizers, rate_factor, set_rates
-from training.parallel import Team, unsharded
+from training.parallel import Team, local, unsharded
+from training.prepare import check_fit, prepare_
 from training.reports import Reports
 from training.schedule import Schedule, stage_of
 from training.step import FlowStep, balance_loss, flow_loss, follow_mean_
@@ -46,16 +47,17 @@ def train(
     `checkpoint-N/`.
 
     Raises:
-        ValueError: settings that do not fit each other, a checkpoint of another model, a used
-            folder without `resume`, or a loss that is not finite.
+        ValueError: settings that do not fit each other or the model, a checkpoint of another model,
+            a used folder without `resume`, or a loss or weights that are not finite.
         Stopped: SIGTERM or SIGINT came; a checkpoint of the last whole step is written.
     """
     team = Team(settings.sharded)
     if team.sharded and settings.optimizer in ("muon", "adam8bit"):
         raise ValueError(f"--fsdp: expected optimizer adam or adamw, got {settings.optimizer}")
     schedule = Schedule(settings, team.processes)
+    check_fit(model, codec, settings)
     out = Path(settings.output)
-    folder = _begin(out, settings, resume, team)
+    folder = _begin(out, settings, resume, team, model)
     run = _Run(model, codec, settings, team, schedule, source)
     step = run.state.load(folder) if folder else 0
     for aside in checkpoints.set_aside_later(out, step) if team.main else ():
@@ -65,8 +67,13 @@ def train(
     reports = Reports(out, settings, schedule, team, step, model.mim.top_k)
     try:
         with StopRequests() as stop:
+            if validator is not None and _owed(step, validator, settings, team):
+                run.validate(step, validator, reports)
             while step < settings.steps:
+                began = time.perf_counter()
                 stream = run.stream(step, partial(stop.check, step, settings.output))
+                # Latents may have been made.
+                reports.pause(time.perf_counter() - began)
                 run.step(step, stream, reports)
                 step += 1
                 stopping = team.any(stop.asked)
@@ -76,8 +83,9 @@ def train(
                 rate = settings.learning_rate * rate_factor(step - 1, settings)
                 reports.step(step, rate)
                 if due:
-                    # A loss that is not finite must not get into a checkpoint.
+                    # "latest" must stay one to go on from.
                     reports.check(step)
+                    run.check(step)
                     run.state.save(out, step)
                 if stopping and not last:
                     raise Stopped(step, settings.output)
@@ -94,7 +102,19 @@ def _every(steps: int, step: int, last: bool) -> bool:
     return steps > 0 and (last or step % steps == 0)
 
 
-def _begin(out: Path, settings: Settings, resume: str | None, team: Team) -> Path | None:
+def _owed(step: int, validator: Validator, settings: Settings, team: Team) -> bool:
+    """Whether the run was stopped between this step's checkpoint and its validation."""
+    due = step > 0 and _every(settings.validation_steps, step, step == settings.steps)
+    return team.any(due and team.main and not validator.has(step))
+
+
+def _begin(
+    out: Path,
+    settings: Settings,
+    resume: str | None,
+    team: Team,
+    model: MiMDiTTransformer2DModel,
+) -> Path | None:
     """Make or check the run's folder; returns the checkpoint to go on from."""
     folder = checkpoints.locate(out, resume) if resume else None
     if folder is None and checkpoints.found(out):
@@ -109,7 +129,7 @@ def _begin(out: Path, settings: Settings, resume: str | None, team: Team) -> Pat
         text = json.dumps(asdict(settings), indent=1)
         checkpoints.replace_text(out / "settings.json", text)
         if folder is not None:
-            for change in checkpoints.changes(folder, settings, team.processes):
+            for change in checkpoints.changes(folder, settings, team.processes, model):
                 print(f"note: goes on with another setting, {change}")
     team.wait()
     # Nothing draws from the global generators; libraries that do find them seeded.
@@ -134,7 +154,8 @@ class _Run:
         prepare_(model, settings)
         codec.to(team.device).eval()  # pyright: ignore[reportArgumentType]
         bf16 = settings.mixed_precision == "bf16"
-        self.wrapped = team.wrap(FlowStep(model, settings.balance, bf16, team.mean)).train()
+        step = FlowStep(model, settings.balance, bf16, team.mean, settings.weighting)
+        self.wrapped = team.wrap(step).train()
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimisers = optimizers(
             model,
@@ -204,6 +225,16 @@ class _Run:
             optimizer.step()
         self.ema.step(self.trained)
 
+    def check(self, step: int) -> None:
+        """Raises ValueError where a weight is not finite, of which the step's own loss knows
+        nothing."""
+        bad = not torch.stack([local(p).isfinite().all() for p in self.trained]).all()
+        if self.team.any(bad):
+            raise ValueError(
+                f"weights: expected finite numbers, got others after step {step}; go on from the "
+                "last checkpoint with a lower learning rate or --mixed-precision no"
+            )
+
     def validate(self, step: int, validator: Validator, reports: Reports) -> None:
         """Figures of the averaged weights; sharded models need all processes for it."""
         began = time.perf_counter()
@@ -236,17 +267,3 @@ class _Run:
         with torch.autocast(self.team.device.type, torch.bfloat16, enabled=bf16):
             means = [mim.means(self.model.pool_condition(z)).mean(1) for z in damaged]
         mim.running_mean.copy_(self.team.mean(torch.stack(means).mean(0)))
-
-
-def prepare_(model: MiMDiTTransformer2DModel, settings: Settings) -> None:
-    """Freeze what is not trained; trained parameters in float32 or wider, frozen ones in bfloat16
-    where the passes are."""
-    if not settings.train_backbone:
-        model.requires_grad_(False)
-        model.mim.requires_grad_(True)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            wide = torch.promote_types(parameter.dtype, torch.float32)
-            parameter.data = parameter.data.to(wide)
-        elif settings.mixed_precision == "bf16":
-            parameter.data = parameter.data.to(torch.bfloat16)

@@ -133,6 +133,12 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def like(value: Tensor, example: Tensor) -> Tensor:
     """A full tensor on the device, and with the sharding, of an example."""
     value = value.to(example.device)

@@ -105,12 +105,15 @@ class Reports:
                 for g, weight in enumerate(weights):
                     self.board.add_scalar(f"routing/{kind}/group{g}", weight, step)
 
+    def pause(self, seconds: float) -> None:
+        """Leave out time that is not the training's."""
+        self.begun += seconds
+
     def validation(
         self, step: int, seconds: float, figures: dict[str, dict[str, float]], sheet: Tensor
     ) -> None:
-        """Figures by damage and name, and a picture [3,H,W] in [0,1]; the seconds that they took
-        are not the training's."""
-        self.begun += seconds
+        """Figures by damage and name, and a picture [3,H,W] in [0,1]; seconds: that they took."""
+        self.pause(seconds)
         if self.board is None:
             return
         for damage, values in figures.items():

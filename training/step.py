@@ -21,11 +21,13 @@ def flow_loss(
     t: Tensor,
     noise: Tensor,
     cuts: int = 1,
+    weighting: str = "none",
 ) -> tuple[Tensor, Routing]:
     """Velocity error, and the routing taken; x0, z_lq, noise [B,c,h,w], t [B].
 
     cuts: parts that each side is cut into; the tiles share the routing of their picture, as those
-    of large pictures do.
+    of large pictures do. weighting: "sigma_squared" weighs with t², which makes the error of the
+    velocity that of x0.
 
     The error's weighted mean; for models that predict from the damaged latents the mean of its
     logarithm, which is the mean PSNR of what they predict: darkness and haze, with errors that are
@@ -44,6 +46,8 @@ def flow_loss(
     error = (v.to(wide) - (noise - x0)).square().mean(dim=(1, 2, 3))
     kind = model.config["prediction_type"]
     error = flow.loss_weight(kind, t, model.config["damage_std"]) * error
+    if weighting == "sigma_squared":
+        error = t**2 * error
     if flow.reads_damage(kind):
         error = (error + _NEGLIGIBLE).log()
     return error.mean(), condition.routing if routing is None else routing
@@ -78,7 +82,8 @@ def balance_loss(
 class FlowStep(nn.Module):
     """The loss of a batch of latents as one forward pass, to be wrapped for many processes.
 
-    balance: weight of `balance_loss`. bf16: autocast. over_all: see `balance_loss`.
+    balance: weight of `balance_loss`. bf16: autocast. over_all: see `balance_loss`. weighting: of
+    `flow_loss`.
     """
 
     def __init__(
@@ -87,10 +92,11 @@ class FlowStep(nn.Module):
         balance: float,
         bf16: bool,
         over_all: Callable[[Tensor], Tensor],
+        weighting: str = "none",
     ) -> None:
         super().__init__()
         self.model, self.balance, self.bf16 = model, balance, bf16
-        self.over_all = over_all
+        self.over_all, self.weighting = over_all, weighting
 
     def train(self, mode: bool = True) -> "FlowStep":
         super().train(mode)
@@ -117,7 +123,7 @@ class FlowStep(nn.Module):
             self.model.position_offset(top, left),
             torch.autocast(x0.device.type, torch.bfloat16, enabled=self.bf16),
         ):
-            loss, routing = flow_loss(self.model, x0, z_lq, t, noise, cuts)
+            loss, routing = flow_loss(self.model, x0, z_lq, t, noise, cuts, self.weighting)
             picks = picks_of(routing, self.model.mim.experts)
             if self.balance:
                 balance = balance_loss(self.model, routing.pooled, picks, self.over_all)

@@ -90,8 +90,9 @@ def run(settings: Settings, model: Model, resume: str | None = None) -> None:
         folder = Path(settings.output) / "model"
         # A folder of this name is always complete, as checkpoints are.
         unfinished = folder.with_name(".unfinished-model")
-        pipe.save_pretrained(unfinished)
-        checkpoints.move(unfinished, folder)
+        with checkpoints.writing(unfinished, folder):
+            pipe.save_pretrained(unfinished)
+            checkpoints.move(unfinished, folder)
         print(f"saved {folder}")
     team.wait()
     team.close()
@@ -106,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {first_line(error)}", file=sys.stderr)
         return 2
     import torch
+    from safetensors import SafetensorError
 
     from training.interrupt import Stopped
 
@@ -114,8 +116,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
             print(stopped)
-    except (ValueError, OSError) as error:
+    # Latents that do not fit on the disk end in an error of safetensors.
+    except (ValueError, OSError, SafetensorError) as error:
         print(f"error: {first_line(error)}", file=sys.stderr)
+        return 1
+    except ImportError as error:
+        needed = "mimdit-train needs: pip install 'mimdit[train]'"
+        print(f"error: {first_line(error)}; {needed}", file=sys.stderr)
         return 1
     except (torch.OutOfMemoryError, MemoryError) as error:
         smaller = "a smaller --train-batch-size (--total-batch-size keeps the batch of a step)"

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from mimdit.image_io import read_picture
-from mimdit.metrics import scorer
+from mimdit.metrics import SSIM_WINDOW, scorer
 from mimdit.pipeline import MiMDiTPipeline
 from training.config import Settings
 from training.data import folder, held_out
@@ -34,6 +34,11 @@ class Validator:
     def __init__(self, pipe: MiMDiTPipeline, settings: Settings) -> None:
         self.pipe, self.settings = pipe, settings
         self.out = Path(settings.output)
+        if settings.validation_size < SSIM_WINDOW:
+            raise ValueError(
+                f"validation_size: expected at least {SSIM_WINDOW} pixels, the window of SSIM, got "
+                f"{settings.validation_size}"
+            )
         self.score = scorer(())
         if settings.validation_data is None:
             arrays = [array.astype(np.float32) / 255 for array in held_out().values()]
@@ -55,6 +60,12 @@ class Validator:
     def begin(self, step: int) -> None:
         """Remove figures beyond the step that a run goes on from."""
         keep_until(self.out / "validation.jsonl", step)
+
+    def has(self, step: int) -> bool:
+        """Whether a step's figures are written."""
+        log = self.out / "validation.jsonl"
+        rows = log.read_text().splitlines() if log.is_file() else []
+        return any(json.loads(row)["step"] == step for row in rows)
 
     @torch.no_grad()
     def __call__(self, step: int, write: bool = True) -> tuple[Figures, Tensor]:

@@ -67,6 +67,16 @@ def test_metadata_lines(tmp_path: Path) -> None:
     )
     faults = read("foundir", root).faults
     assert [fault.kind for fault in faults] == ["metadata", "metadata"]
+    deep = [data_folders.save(root / f"06JPEG/{half}/a/1.png", 1) for half in ("GT", "LQ")]
+    (root / "meta.txt").write_text(", ".join(str(path.relative_to(root)) for path in deep) + "\n.")
+    listing = read("foundir", root / "meta.txt")
+    # As in the folders themselves: not 06JPEG/1.
+    assert [pair.name for pair in listing.pairs] == ["06JPEG/a/1"] and len(listing.faults) == 1
+    (root / "meta.txt").write_bytes(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"got meta.txt; .*: expected lines of UTF-8 text$"):
+        read("foundir", root / "meta.txt")
+    with pytest.raises(ValueError, match=r"; got meta.txt$"):
+        detect(root / "meta.txt")
     assert faults[0].path.endswith("meta.txt:4") and "01Blur/GT/9.png" in faults[0].message
     assert "'nonsense'" in faults[1].message
 
@@ -141,6 +151,19 @@ def test_pairs_without_partner_are_left_out(tmp_path: Path) -> None:
     assert [(f.kind, Path(f.path).name) for f in listing.faults] == [("unmatched", "9.png")]
 
 
+def test_linked_folders_are_read(tmp_path: Path) -> None:
+    """Large sets often lie elsewhere; a link that leads back ends there."""
+    for i in range(2):
+        data_folders.pair(tmp_path / f"store/c/{i}.png", tmp_path / f"store/d/{i}.png", i)
+    (tmp_path / "set/GT").mkdir(parents=True)
+    (tmp_path / "set/LQ").mkdir()
+    (tmp_path / "set/GT/part").symlink_to(tmp_path / "store/c")
+    (tmp_path / "set/LQ/part").symlink_to(tmp_path / "store/d")
+    (tmp_path / "store/d/back").symlink_to(tmp_path / "store/d")
+    listing = read("folder", tmp_path / "set")
+    assert [pair.name for pair in listing.pairs] == ["part/0", "part/1"] and not listing.faults
+
+
 def test_rows_of_a_paired_folder(tmp_path: Path) -> None:
     for i, row in enumerate(("05Noise", "mine")):
         data_folders.pair(tmp_path / f"c/{row}/1.png", tmp_path / f"d/{row}/1.png", i)
@@ -165,6 +188,8 @@ def test_crops_of_pairs_are_aligned_and_seeded(tmp_path: Path) -> None:
         assert isinstance(clean, torch.Tensor) and isinstance(damaged, torch.Tensor)
         assert clean.shape == (3, 32, 32) and clean.dtype == torch.float32
         torch.testing.assert_close(damaged, 1 - clean)
+        # What damaged them is not known; routing is reported by the folder then.
+        assert item["kinds"] == "all"
     again = crops.training_set("folder", tmp_path, 32, seed=5)
     other = crops.training_set("folder", tmp_path, 32, seed=6)
     assert torch.equal(_clean(dataset.pair(1, 7)), _clean(again.pair(1, 7)))

@@ -128,6 +128,7 @@ def test_frozen_backbones_are_kept_in_bfloat16_and_trained_parts_are_not(tmp_pat
 
 def test_eight_bit_adam_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes.optim", None)
-    settings = replace(Settings(), output=str(tmp_path), steps=1, optimizer="adam8bit")
+    wanted = {"output": str(tmp_path), "steps": 1, "stages": ((64, 1, 1.0),)}
+    settings = replace(Settings(), optimizer="adam8bit", **wanted)
     with pytest.raises(ValueError, match="needs bitsandbytes: pip install bitsandbytes"):
         train(build("debug"), pixel_codec(), settings)

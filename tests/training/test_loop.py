@@ -6,28 +6,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mimdit import flow
 from mimdit.cli.init import main as init_command
 from mimdit.loading import load_pipeline
 from mimdit.presets import build, pixel_codec
 from tests.mimdit.sd35_folder import write_folder
-from training import checkpoints
+from tests.training.short_runs import quick, settings
 from training.batches import DrawnPairs
 from training.loop import Settings, balance_loss, sample_times, stage_of, train
 from training.optim import optimizers
+from training.step import flow_loss
 from training.train import main as train_command
 from training.warm_start import align_positions_
-
-
-def settings(folder: Path, steps: int) -> Settings:
-    return Settings(
-        output=str(folder),
-        steps=steps,
-        stages=((32, 3, 0.5), (64, 2, 0.5)),
-        warmup=2,
-        checkpointing_steps=2,
-        workers=0,
-        balance=0.01,
-    )
 
 
 def test_run_checkpoint_and_resume(tmp_path: Path) -> None:
@@ -84,55 +74,17 @@ def test_accumulation_moves_the_weights_once_a_step(tmp_path: Path) -> None:
     assert state["state"][0]["step"] == 2
 
 
-def quick(folder: Path, steps: int, **changed: object) -> Settings:
-    run = replace(settings(folder, steps), stages=((32, 1, 1.0),), checkpointing_steps=1)
-    return replace(run, keep_checkpoints=0, log_steps=1, **changed)
-
-
-def test_a_run_goes_on_with_other_rates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As after a loss that was not finite; those of the checkpoint must not come back."""
-    train(build("debug"), pixel_codec(), quick(tmp_path, 2))
-    still = quick(tmp_path, 4, learning_rate=0.0, matrix_learning_rate=0.0)
-    train(build("debug"), pixel_codec(), still, resume="latest")
-    assert "note: goes on with another setting, learning_rate: 0.0008 → 0.0" in (
-        capsys.readouterr().out
-    )
-    two, four = (load_file(tmp_path / f"checkpoint-{n}/model.safetensors") for n in (2, 4))
-    assert all(torch.equal(two[n], four[n]) for n in two if "running" not in n)
-    for name in ("optimizer.bin", "optimizer_1.bin"):
-        state = torch.load(tmp_path / "checkpoint-4" / name, weights_only=True)
-        assert [group["lr"] for group in state["param_groups"]] == [0.0]
-
-
-def test_going_back_leaves_later_checkpoints_aside(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = quick(tmp_path, 3)
-    train(build("debug"), pixel_codec(), run)
-    # A copy with a name of its own is not a checkpoint of the run.
-    (tmp_path / "checkpoint-2").rename(tmp_path / "checkpoint-2-good")
-    train(build("debug"), pixel_codec(), replace(run, steps=2), resume="checkpoint-1")
-    names = {"checkpoint-1", "checkpoint-2", "checkpoint-2-good", "left-checkpoint-3"}
-    assert {p.name for p in tmp_path.glob("*checkpoint-*")} == names
-    assert [checkpoints.step_of(p) for p in checkpoints.found(tmp_path)] == [1, 2]
-    assert f"is now {tmp_path / 'left-checkpoint-3'}" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="expected a checkpoint-N folder, got checkpoint-9"):
-        train(build("debug"), pixel_codec(), run, resume="checkpoint-9")
-    weights = tmp_path / "checkpoint-2/ema.safetensors"
-    weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"resume: .*checkpoint-2 is broken: ") as error:
-        train(build("debug"), pixel_codec(), run, resume="latest")
-    assert "\n" not in str(error.value)
-
-
-def test_another_number_of_processes_is_noted(tmp_path: Path) -> None:
-    run = quick(tmp_path, 1)
-    train(build("debug"), pixel_codec(), run)
-    folder = tmp_path / "checkpoint-1"
-    assert checkpoints.changes(folder, run, 1) == []
-    assert checkpoints.changes(folder, run, 2) == ["processes: 1 → 2"]
-    held = replace(run, total_batch=2)
-    assert checkpoints.changes(folder, held, 2) == ["total_batch: 0 → 2"]
+def test_velocity_errors_weighed_by_the_square_of_the_time() -> None:
+    """As the error of x0: x̂0 − x0 = t·(v − v̂)."""
+    model = build("debug", prediction_type="velocity", out_channels=48).randomize_(0)
+    x0, z_lq, noise = 0.3 * torch.randn(3, 2, 48, 8, 8, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([0.9, 0.2])
+    with torch.no_grad():
+        found = flow_loss(model, x0, z_lq, t, noise, weighting="sigma_squared")[0]
+        x_t = flow.interpolate(x0, noise, t)
+        v = model(x_t, 1000 * t, model.encode_condition(z_lq)).sample
+    expected = (x_t - flow.spread(t, v) * v - x0).square().mean()
+    torch.testing.assert_close(found, expected)
 
 
 def test_gradients_are_not_clipped_at_zero(tmp_path: Path) -> None:
@@ -157,11 +109,6 @@ def test_eight_bit_adam_goes_on_exactly(tmp_path: Path) -> None:
             train(build("debug").randomize_(0), pixel_codec(), run, resume)
         finals.append(load_file(tmp_path / name / "checkpoint-4/model.safetensors"))
     assert all(torch.equal(finals[0][n], finals[1][n]) for n in finals[0])
-
-
-def test_resume_without_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="expected a checkpoint-N folder"):
-        train(build("debug"), pixel_codec(), settings(tmp_path, 2), resume="latest")
 
 
 def test_the_start_is_the_damaged_picture() -> None:

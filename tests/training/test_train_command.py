@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 
 from mimdit.loading import load_pipeline
-from training import ablation
 from training.config import ABLATIONS, PRESETS
 from training.flags import parser, resolve
 from training.train import main, start
@@ -65,6 +64,22 @@ def test_flags_override_files_and_files_presets(tmp_path: Path) -> None:
     assert resolved("--train-batch-size", "5")[0].stages == ((128, 5, 0.6), (256, 5, 0.4))
 
 
+def test_passes_and_the_total_batch_override_each_other(tmp_path: Path) -> None:
+    """What was said last counts: a preset's total batch must not undo passes that are asked for."""
+    file = tmp_path / "run.yaml"
+    file.write_text("preset: paper\ngradient_accumulation_steps: 3\n")
+
+    def passes(*flags: str) -> tuple[int, int]:
+        run = resolved("--config", *flags)[0]
+        return run.accumulation, run.total_batch
+
+    assert passes("paper") == (1, 128)
+    assert passes("paper", "--gradient-accumulation-steps", "4") == (4, 0)
+    assert passes(str(file)) == (3, 0)
+    assert passes(str(file), "--total-batch-size", "64")[1] == 64
+    assert passes(str(file), "--total-batch-size", "0") == (3, 0)
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
@@ -98,6 +113,18 @@ def test_faults_end_the_command_with_a_sentence(
         (["--stages", "64:1:0.5"], 2, "stages: expected shares that add up to 1, got 0.5"),
         (["--config", "paper"], 1, "--backbone: expected a folder of Stable Diffusion 3.5"),
         (["--preset", "debug", "--total-batch-size", "6"], 1, "multiple of 4"),
+        (["--preset", "debug", "--resolution", "30"], 1, "multiples of 8 pixels, at most 128, for"),
+        (["--preset", "debug", "--resolution", "136"], 1, "for this model, got 136"),
+        (
+            ["--preset", "debug", "--validation-steps", "1", "--validation-size", "10"],
+            1,
+            "validation_size: expected at least 11 pixels, the window of SSIM, got 10",
+        ),
+        (
+            ["--preset", "debug", "--weighting-scheme", "sigma_squared"],
+            1,
+            "weighting: expected none for a model that predicts log_affine, whose loss is",
+        ),
         (
             ["--preset", "debug", "--resume-from-checkpoint", "x"],
             1,
@@ -122,6 +149,21 @@ def test_faults_end_the_command_with_a_sentence(
         ("--learning-rate nan", "learning_rate: expected at least 0, got nan"),
         ("--max-grad-norm -1", "clip: expected at least 0, got -1.0"),
         ("--validation-size 0", "validation_size: expected at least 1, got 0"),
+        ("--seed -1", "seed: expected at least 0, got -1"),
+        (
+            "--total-batch-size 8 --gradient-accumulation-steps 2",
+            "--gradient-accumulation-steps: expected none beside --total-batch-size, which it "
+            "follows from, got 2 and 8",
+        ),
+        (
+            "--validation-data x",
+            "--validation-data: expected --validation-steps beside it, without which it does "
+            "nothing",
+        ),
+        (
+            "--cache-pairs 5",
+            "--cache-pairs: expected --cache-latents beside it, without which it does nothing",
+        ),
         ("--inference-steps 0", "inference_steps: expected at least 1, got 0"),
         ("--inference-shifts 3", "inference_shifts: expected 1, 2 or 4, got 3"),
     ],
@@ -144,6 +186,19 @@ def test_out_of_memory_says_what_helps(
     printed = capsys.readouterr().err
     assert printed.startswith("error: out of memory; try a smaller --train-batch-size")
     assert printed.endswith("Tried to allocate 2 GiB.\n") and len(printed.splitlines()) == 1
+
+
+def test_a_missing_package_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*values: object) -> None:
+        raise ModuleNotFoundError("No module named 'accelerate'")
+
+    monkeypatch.setattr("training.train.run", run)
+    assert main(["--preset", "debug", "--output", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: No module named 'accelerate'; mimdit-train needs: pip install ")
+    assert len(said.splitlines()) == 1
 
 
 def test_what_the_model_recommends(tmp_path: Path) -> None:
@@ -210,17 +265,3 @@ def test_a_run_with_everything(tmp_path: Path) -> None:
     assert main([*flags, "--resume-from-checkpoint", "latest", "--max-train-steps", "5"]) == 0
     state = torch.load(tmp_path / "run/checkpoint-5/optimizer.bin", weights_only=True)
     assert state["param_groups"]
-
-
-def test_an_ablation_does_not_mix_budgets(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    figures = {"noise": {"psnr": 20.0, "ssim": 0.5}}
-    monkeypatch.setattr(ablation, "run_variant", lambda *_: {"parameters": 1, "figures": figures})
-    command = ["--output", str(tmp_path), "--variants", "full", "--max-train-steps"]
-    assert ablation.main([*command, "4"]) == 0
-    assert ablation.main([*command, "4"]) == 0
-    capsys.readouterr()
-    assert ablation.main([*command, "5"]) == 1
-    expected = "has runs of other settings: expected max_train_steps 4, got max_train_steps 5; use"
-    assert expected in capsys.readouterr().err

@@ -1,7 +1,7 @@
 """Torch data sets of pairs: random aligned crops for training, whole pictures for evaluation.
 
 Every item is a dictionary of `clean` and `damaged`, float32 [3, H, W] in [0, 1], `kinds` (names of
-`training.degrade.KINDS` joined by "+") and `name`.
+`training.degrade.KINDS` joined by "+"; where they are unknown, the group of the pair) and `name`.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class CropPairs(Dataset[Item]):
         return {
             "clean": tensor(scaled[..., :3]),
             "damaged": tensor(scaled[..., 3:]),
-            "kinds": "+".join(pair.kinds),
+            "kinds": "+".join(pair.kinds) or pair.group,
             "name": pair.name,
         }
 
@@ -146,7 +146,7 @@ class WholePairs(Dataset[Item]):
 
     def __getitem__(self, index: int) -> Item:
         pair = self.pairs[index]
-        item: Item = {"kinds": "+".join(pair.kinds), "name": pair.name}
+        item: Item = {"kinds": "+".join(pair.kinds) or pair.group, "name": pair.name}
         damaged = read_picture(pair.damaged).rgb
         if pair.clean is not None:
             clean = read_picture(pair.clean).rgb

@@ -9,7 +9,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.datasets.pairs import Fault, Listing, Pair, child, keyed, match, natural, pictures
+from training.datasets.metadata import foundir_lines
+from training.datasets.pairs import (
+    Fault,
+    Listing,
+    Pair,
+    child,
+    found_at,
+    keyed,
+    match,
+    natural,
+    pictures,
+)
 from training.degrade import FOUNDIR_TYPES
 
 SPLITS = ("train", "val", "test")
@@ -42,7 +53,7 @@ def foundir(path: Path, split: str | None) -> Listing:
     those of the test set.
     """
     if path.is_file():
-        return _foundir_lines(path)
+        return foundir_lines(path)
     parts = []
     known = {name.lower(): name for name in FOUNDIR_TYPES}
     path = (child(path, split) if split else None) or path
@@ -57,40 +68,13 @@ def foundir(path: Path, split: str | None) -> Listing:
         else:
             parts.append(match(damaged, clean, name, FOUNDIR_TYPES[name], f"{name}/"))
     for file in sorted(path.glob("*.txt")) if parts else []:
-        listed = _foundir_lines(file)
+        listed = foundir_lines(file)
         parts.append(Listing(faults=listed.faults))
     found = Listing.merge(parts)
     # The training set has a million, and no published numbers by type.
     training = len(found.pairs) > _FOUNDIR_TEST_AT_MOST
     counted = parts and (split == "test" or (split is None and not training))
     return Listing.merge([found, Listing(published=FOUNDIR_TEST if counted else {})])
-
-
-def _foundir_lines(file: Path) -> Listing:
-    """Pairs of a metadata file: clean, comma, damaged, both relative to the file's folder."""
-    pairs, faults = [], []
-    known = {name.lower(): name for name in FOUNDIR_TYPES}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        names = [part.strip() for part in line.split(",")]
-        kind = known.get(Path(names[0]).parts[0].lower()) if names[0] else None
-        if len(names) != 2 or kind is None:
-            expected = "expected 01Blur/GT/0001.png, 01Blur/LQ/0001.png"
-            faults.append(Fault("metadata", f"{file}:{number}", f"{expected}, got {line!r}"))
-            continue
-        clean, damaged = (file.parent / name for name in names)
-        absent = [
-            name for name, each in zip(names, (clean, damaged), strict=True) if not each.is_file()
-        ]
-        if absent:
-            faults.append(
-                Fault("metadata", f"{file}:{number}", f"names {absent[0]}, which is not there")
-            )
-            continue
-        name = f"{kind}/{Path(names[1]).stem}"
-        pairs.append(Pair(name, damaged, clean, kind, FOUNDIR_TYPES[kind]))
-    return Listing(tuple(sorted(pairs, key=lambda pair: natural(pair.name))), tuple(faults))
 
 
 def uhdll(path: Path, split: str | None) -> Listing:
@@ -260,13 +244,10 @@ def read(name: str, path: str | Path, split: str | None = None) -> Listing:
         raise ValueError(f"{name}: expected {layout.expected} in {path}, which does not exist")
     listing = layout.read(path, split)
     if not (listing.pairs or listing.singles):
-        inside = sorted(each.name for each in path.iterdir()) if path.is_dir() else [path.name]
-        got = ", ".join(inside[:6]) + (", …" if len(inside) > 6 else "") or "an empty folder"
         part = f" (split {split})" if split else ""
-        reason = (
-            f"; {listing.faults[0].path}: {listing.faults[0].message}" if listing.faults else ""
-        )
-        raise ValueError(f"{name}: expected {layout.expected} in {path}{part}, got {got}{reason}")
+        reason = "".join(f"; {fault.path}: {fault.message}" for fault in listing.faults[:1])
+        expected = f"{name}: expected {layout.expected} in {path}{part}"
+        raise ValueError(f"{expected}, got {found_at(path)}{reason}")
     return listing
 
 
@@ -294,4 +275,5 @@ def detect(path: str | Path) -> str:
         elif listing.pairs or any(fault.kind == "layout" for fault in listing.faults):
             return name
     names = "; ".join(f"{name}: {layout.expected}" for name, layout in LAYOUTS.items())
-    raise ValueError(f"{path}: expected one of the layouts of these data sets: {names}")
+    expected = f"expected one of the layouts of these data sets: {names}"
+    raise ValueError(f"{path}: {expected}; got {found_at(path)}")

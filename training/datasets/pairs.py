@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import overload
@@ -107,16 +107,34 @@ class PackedPairs(Sequence[Pair]):
 
 
 def pictures(folder: Path) -> list[Path]:
-    """The picture files under a folder, at any depth, sorted; hidden files and folders are not
-    taken. Extensions count in any case.
+    """The picture files under a folder, at any depth, sorted; links are followed, hidden files and
+    folders are not taken. Extensions count in any case.
     """
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
-    return sorted(
-        path
-        for path in found
-        if path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    return sorted(Path(path) for path in _under(str(folder), ()))
+
+
+def _under(folder: str, above: tuple[str, ...]) -> Iterator[str]:
+    """Paths of picture files; above: real paths of the folders on the way, which links may lead
+    back to."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _under(entry.path, (*above, real))
+            elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS and entry.is_file():
+                yield entry.path
+
+
+def found_at(path: Path) -> str:
+    """What is at a path, for people."""
+    if not path.exists():
+        return "nothing of this name"
+    inside = sorted(each.name for each in path.iterdir()) if path.is_dir() else [path.name]
+    return ", ".join(inside[:6]) + (", …" if len(inside) > 6 else "") or "an empty folder"
 
 
 def child(folder: Path, *names: str) -> Path | None:
