@@ -20,6 +20,8 @@ def accelerate(
 ) -> T:
     """Make a pipeline or transformer faster, in place; its results stay the same up to rounding.
 
+    Own sampling loops may call `transformer.engine.prepare(timesteps, pooled)` before their steps.
+    `print(transformer.engine.plan(shape_of_latents))` says what a step takes in memory and time.
     Calls with gradients, and calls with `joint_attention_kwargs`, run the reference as before.
     Several threads may call it; their steps take turns.
 
@@ -40,9 +42,9 @@ def accelerate(
 
     Raises:
         TypeError: not a pipeline or transformer of this package.
-        ValueError: attention processors that the engine does not know, weights that are moved in
-            and out during a call (sequential offload), a graph without a GPU, or 8-bit products
-            that this device has not.
+        ValueError: attention processors or norms that the engine does not know, weights that are
+            moved or cast during a call (sequential or group offload, layerwise casting), caches of
+            diffusers, a graph without a GPU, or 8-bit products that this device has not.
     """
     model = getattr(target, "transformer", target)
     if not isinstance(model, MiMDiTTransformer2DModel):

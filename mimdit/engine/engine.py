@@ -1,7 +1,7 @@
 """The engine: conditioning once, resident buffers, fused pieces, one CUDA graph per shape."""
 
-import copy
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,15 +12,20 @@ import torch
 from diffusers.models.attention import JointTransformerBlock
 from torch import Tensor, nn
 
-from mimdit.attention import MiMJointAttnProcessor
 from mimdit.condition import Condition
-from mimdit.engine.first_block import Cache, Kept, Parts, threshold_of
+from mimdit.engine.checks import check_model, state_of
+from mimdit.engine.first_block import Kept, Parts, threshold_of
 from mimdit.engine.graphed import Graphed
 from mimdit.engine.keys import KeysAndValues
 from mimdit.engine.linears import FusedLinear
+from mimdit.engine.modes import kept
 from mimdit.engine.modulation import Modulator, Table
+from mimdit.engine.plan import Plan, plan
+from mimdit.engine.run import Run
 from mimdit.engine.step import Block, Joint, Layer, normalise_output, run_blocks, unpatchify
-from mimdit.engine.workspace import KeyValueCondition, Shape, Workspace, make_buffers
+from mimdit.engine.workspace import KeyValueCondition, Shape, Turns, Workspace, make_buffers
+from mimdit.errors import first_line
+from mimdit.memory import ran_out
 from mimdit.mim import Routing
 from mimdit.quantized import (
     KINDS,
@@ -30,14 +35,6 @@ from mimdit.quantized import (
     quantized_mixtures,
 )
 from mimdit.transformer import MiMDiTTransformer2DModel
-
-
-class _Run(threading.local):
-    """Of one thread: tables by the address of their pooled text; what steps leave for others."""
-
-    def __init__(self) -> None:
-        self.tables: dict[int, Table] = {}
-        self.cache = Cache()
 
 
 class Engine:
@@ -71,22 +68,25 @@ class Engine:
 
     def _start(self) -> None:
         self.workspaces: OrderedDict[Shape, Workspace] = OrderedDict()
-        self._run = _Run()
+        self._run = Run()
         # Steps of several threads share the buffers.
-        self._lock = threading.RLock()
+        self._lock, self._turns = threading.RLock(), Turns()
         self._prepared: tuple[Any, ...] | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Engine":
-        """For a copy of the model, which need not be complete yet; without buffers and graphs."""
-        other = copy.copy(self)
-        memo[id(self)] = other
-        other.model = copy.deepcopy(self.model, memo)
-        other._start()
-        return other
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies of the model, in memory or pickled: no buffers and graphs."""
+        names = ("model", "graph", "shapes", "compile", "quantize", "threshold")
+        return {name: getattr(self, name) for name in names}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # The model need not be complete yet.
+        self.__dict__.update(state)
+        self._start()
+
+    @kept()
     def _prepare(self) -> None:
         """Take the model's layers as they are now."""
-        _check_blocks(self.model)
+        check_model(self.model)
         self.workspaces.clear()
         if self.quantize is not None:
             check_quantization(self.quantize, self.model.device)
@@ -95,7 +95,7 @@ class Engine:
         self.blocks = [self.block(block, self._joined, self._alone) for block in modules]
         self._keys_and_values = KeysAndValues(self.blocks, self.together)
         self.modulator = Modulator(self.model)
-        self._prepared = self._state()
+        self._prepared = state_of(self.model, self.quantize is not None)
 
     def _joined(self, layers: Sequence[nn.Module]) -> Layer:
         """Layers with one input, as one product."""
@@ -108,23 +108,8 @@ class Engine:
             return QuantizedLinear([layer], KINDS[self.quantize])
         return layer
 
-    def _state(self) -> tuple[Any, ...]:
-        """Changes when weights are moved or replaced, and when LoRAs come, go or are rescaled.
-
-        Where there are 8-bit copies of weights, also when these change in place.
-        """
-        adapters = [
-            (str(part.scaling), str(part.active_adapters), part.merged)
-            for part in self.model.modules()
-            if hasattr(part, "scaling") and hasattr(part, "active_adapters")
-        ]
-        parameters = list(self.model.parameters())
-        versions = [0 if p.is_inference() else p._version for p in parameters]
-        changes = versions if self.quantize is not None else ()
-        return (*(p.data_ptr() for p in parameters), *changes, *adapters)
-
     def _refresh(self) -> None:
-        if self._state() != self._prepared:
+        if state_of(self.model, self.quantize is not None) != self._prepared:
             self._prepare()
 
     def mixtures(
@@ -145,25 +130,46 @@ class Engine:
             pairs = self._keys_and_values(given.tokens)
         return KeyValueCondition(given.latents, (), given.routing, pairs)
 
+    def plan(
+        self,
+        latents: tuple[int, ...],
+        steps: int = 40,
+        device: str = "H200",
+        text_tokens: int | None = None,
+    ) -> Plan:
+        """As `mimdit.engine.plan`, for this model; print it."""
+        return plan(self.model, latents, steps, device, text_tokens)
+
+    def prepare(self, timesteps: Tensor, pooled: Tensor | Sequence[Tensor] | None = None) -> None:
+        """Compute the modulations of all steps at `timesteps` [S] together.
+
+        The adaptive norms' weights, a quarter of SD3.5's, are then read once and not in every step.
+        Holds for this thread's calls with these tensors of pooled text, [1,P] for any number of
+        pictures or [B,P], by default the stored prompt's, until the next `prepare` or `release`.
+        Calls with other texts compute their own, and those at other times do on a CPU; on a GPU,
+        which would have to be waited for, they give NaN.
+        """
+        with self._lock:
+            self._refresh()
+        texts = self.model.prompt()[1] if pooled is None else pooled
+        texts, run = [texts] if isinstance(texts, Tensor) else texts, self._run
+        # Where modulations depend on the picture, too, there is no table.
+        known = self.model.condition_embedder is None
+        run.tables = [Table(self.modulator, timesteps, p) for p in texts] if known else []
+        run.prepared = self._prepared
+
     @contextmanager
     def steps(self, timesteps: Tensor, pooled: list[Tensor]) -> Iterator[None]:
         """Inside, all times are among `timesteps` [S] and pooled texts among these, [1,P] each.
 
-        Their modulations are computed together beforehand: the adaptive norms' weights, a quarter
-        of SD3.5's, are then read once and not in every step. Holds for the calling thread.
+        As `prepare`, and nothing is kept behind it.
         """
-        with self._lock:
-            self._refresh()
-        run = self._run
-        # Where modulations depend on the picture, too, there is no table.
-        if self.model.condition_embedder is None:
-            tables = [Table(self.modulator, timesteps, p) for p in pooled]
-            run.tables = {table.pointer: table for table in tables}
+        self.prepare(timesteps, pooled)
         try:
-            with run.cache.run():
+            with self._run.cache.run():
                 yield
         finally:
-            run.tables = {}
+            self._run.tables = []
 
     def predict(
         self,
@@ -175,8 +181,10 @@ class Engine:
     ) -> Tensor:
         """As `MiMDiTTransformer2DModel.predict`."""
         model, grid = self.model, self.model.grid(hidden_states)
-        if self._prepared is None:
-            self._refresh()
+        # Conditions were encoded by the weights as they are.
+        if self._prepared is None or condition is None:
+            with self._lock:
+                self._refresh()
         if condition is not None and not isinstance(condition, KeyValueCondition):
             condition = self.condition(condition)
         kind = hidden_states.device.type
@@ -189,8 +197,8 @@ class Engine:
             torch.get_autocast_dtype(kind) if casts else hidden_states.dtype,
             hidden_states.device,
         )
-        table = self._run.tables.get(pooled_projections.data_ptr())
         timestep = timestep.expand(len(hidden_states))
+        table = self._run.table(self._prepared, timestep, pooled_projections)
         flat = table(timestep) if table else self.modulator.embed(timestep, pooled_projections)
         x = model.pos_embed(hidden_states).contiguous()
         text = model.context_embedder(encoder_hidden_states)
@@ -198,17 +206,15 @@ class Engine:
         if self.threshold is not None:
             given = (encoder_hidden_states, pooled_projections)
             kept = (self._kept(shape, x, timestep, condition, given),)
-        with self._lock:
-            workspace = self._workspace(shape)
-            workspace.load(condition)
-            out = workspace.run(x, flat, text, *kept)
+        with self._lock, self._turns.of(shape.device):
+            out = self._stepped(shape, condition, x, flat, text, *kept)
         return unpatchify(model, out, grid)
 
     def release(self) -> None:
         """Give back buffers and graphs; the next call makes new ones."""
         with self._lock:
             self.workspaces.clear()
-        self._run.cache.forget()
+        self._run.forget()
 
     @property
     def skipped(self) -> int:
@@ -228,6 +234,23 @@ class Engine:
             routing = condition.routing
             given = (condition.latents, *given, routing.inter, routing.intra, routing.index)
         return self._run.cache.find(shape, x, timestep, given)
+
+    def _stepped(self, shape: Shape, condition: KeyValueCondition | None, *given: Any) -> Tensor:
+        """Output tokens; where memory runs out, other shapes give up their buffers and graphs."""
+        try:
+            workspace = self._workspace(shape)
+            workspace.load(condition)
+            return workspace.run(*given)
+        except (RuntimeError, MemoryError) as error:
+            if not self.workspaces.keys() - {shape} or not ran_out(error):
+                raise
+            reason = first_line(error)
+        # Outside the handler, which keeps the tensors of the failed call alive.
+        self.workspaces.clear()
+        if shape.device.type == "cuda":
+            torch.cuda.empty_cache()
+        warnings.warn(f"{reason}; trying again without what other sizes kept", stacklevel=2)
+        return self._stepped(shape, condition, *given)
 
     def _workspace(self, shape: Shape) -> Workspace:
         """The workspace of a shape, made now or used before."""
@@ -274,16 +297,3 @@ class Engine:
     def _out(self, x: Tensor, flat: Tensor, joint: list[Joint]) -> Tensor:
         del joint
         return self.model.proj_out(normalise_output(x, self.modulator.split(flat)))
-
-
-def _check_blocks(model: MiMDiTTransformer2DModel) -> None:
-    for name, processor in model.attn_processors.items():
-        joint = name.endswith(".attn.processor")
-        if joint and not isinstance(processor, MiMJointAttnProcessor):
-            raise ValueError(f"{name}: expected this package's own, got {type(processor).__name__}")
-    hooked = [name for name, part in model.named_modules() if name and hasattr(part, "_hf_hook")]
-    if hooked:
-        raise ValueError(
-            f"weights: expected all in one place, but accelerate moves {hooked[0]} in and out (use "
-            "model offload instead of sequential offload)"
-        )

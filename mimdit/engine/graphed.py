@@ -1,5 +1,6 @@
 """A function of tensors as one CUDA graph."""
 
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mimdit.engine.modes import kept, without_cached_casts
+
+# Of a process, only one capture may be underway.
+_CAPTURE = threading.Lock()
 # Calls before a capture: they load kernels and choose algorithms.
 _WARMUP = 2
 
@@ -47,14 +52,18 @@ class Graphed:
         return self._output.clone()
 
     def _capture(self, given: tuple[Tensor, ...]) -> None:
-        self._inputs = tuple(v.clone() for v in given)
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            for _ in range(_WARMUP):
-                self.function(*self._inputs)
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._output = self.function(*self._inputs)
-        self._graph = graph
+        with _CAPTURE, torch.cuda.device(self.device), without_cached_casts():
+            with kept():
+                self._inputs = tuple(v.clone() for v in given)
+            # One of this GPU: what torch captures on by itself belongs to the first that did.
+            stream = torch.cuda.Stream(self.device)
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(stream):
+                for _ in range(_WARMUP):
+                    self.function(*self._inputs)
+            torch.cuda.current_stream(self.device).wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may go on with work of their own, such as the next picture's.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                self._output = self.function(*self._inputs)
+            self._graph = graph

@@ -13,8 +13,8 @@ from mimkernels import joint_qkv_
 class KeysAndValues:
     """Conditioning tokens m [B,K,D] of every block → normalised keys, and values.
 
-    together: over as many blocks as possible at once; otherwise, and where layers are of other
-    kinds than `nn.Linear` (LoRA, quantised), block by block.
+    together: over as many blocks as possible at once; otherwise, and where layers are not plain
+    (LoRA, quantised), block by block.
     """
 
     def __init__(self, blocks: Sequence[Block], together: bool = True) -> None:

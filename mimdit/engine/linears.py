@@ -7,44 +7,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mimdit.engine.modes import kept
+from mimdit.quantized import is_plain
+
 
 class FusedLinear:
     """Several layers with one input: their outputs side by side.
 
     Their weights become views of one tensor, so nothing is stored twice and changes in place are
     seen; where they have been moved or replaced since, they are joined anew. Where they are such
-    views already, of another engine of the model say, they stay. Layers of other kinds than
-    `nn.Linear` (LoRA, quantised) are called one by one.
+    views already, of another engine of the model say, they stay. Layers that are not plain (LoRA,
+    quantised, see `is_plain`) are called one by one.
     """
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self.layers = list(layers)
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
-        if self._plain():
-            self._join()
+        self._follow()
 
     def __call__(self, x: Tensor) -> Tensor:
-        if not self._plain():
-            return torch.cat([layer(x) for layer in self.layers], dim=-1)
         # A compiler cannot look at addresses; the engine compiles anew where they change.
-        if not torch.compiler.is_compiling() and not self._joined():
-            self._join()
-        assert self._weight is not None
+        if not torch.compiler.is_compiling():
+            self._follow()
+        if self._weight is None:
+            return torch.cat([layer(x) for layer in self.layers], dim=-1)
         return F.linear(x, self._weight, self._bias)
 
     @property
     def joint(self) -> tuple[Tensor, Tensor | None] | None:
         """The weight [N,K] of all layers and their bias [N], or None where some are not plain."""
-        if not self._plain():
-            return None
-        if not self._joined():
-            self._join()
-        assert self._weight is not None
-        return self._weight, self._bias
+        self._follow()
+        return None if self._weight is None else (self._weight, self._bias)
 
-    def _plain(self) -> bool:
-        return all(type(layer) is nn.Linear for layer in self.layers)
+    def _follow(self) -> None:
+        """The layers as they are now."""
+        if not all(map(is_plain, self.layers)):
+            self._weight = self._bias = None
+        elif not self._joined():
+            self._join()
 
     def _joined(self) -> bool:
         """Whether every layer's parameters still are views of the joint ones."""
@@ -60,7 +61,7 @@ class FusedLinear:
                     row += len(own)
         return True
 
-    @torch.no_grad()
+    @kept()
     def _join(self, weight: Tensor | None = None, bias: Tensor | None = None) -> None:
         """Into these tensors, by default new ones."""
         layers = [cast(nn.Linear, layer) for layer in self.layers]

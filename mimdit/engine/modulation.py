@@ -85,12 +85,51 @@ class Table:
     """Modulations of all steps of a picture, from one product; looked up on the device."""
 
     def __init__(self, modulator: Modulator, timesteps: Tensor, pooled: Tensor) -> None:
-        """timesteps [S]; pooled [1,P]."""
-        self.timesteps = timesteps
-        self.pointer = pooled.data_ptr()
-        self.rows = modulator.embed(timesteps, pooled.expand(len(timesteps), -1))  # [S,total]
+        """timesteps [S]; pooled [1,P] for any number of pictures, or [B,P], in the model's type."""
+        if timesteps.ndim != 1 or pooled.ndim != 2:
+            found = f"{timesteps.ndim} and {pooled.ndim}"
+            raise ValueError(f"timesteps, pooled: expected one axis and two, got {found}")
+        if pooled.dtype != (dtype := modulator.model.dtype):
+            raise ValueError(f"pooled: expected {dtype}, as the model, got {pooled.dtype}")
+        self._pooled, self._version = pooled, _version(pooled)
+        texts = pooled[:1] if _alike(pooled) else pooled
+        count = len(texts)
+        self._pictures = 0 if count == 1 else torch.arange(count, device=pooled.device)
+        timesteps = timesteps.to(pooled.device)
+        flat = modulator.embed(timesteps.repeat_interleave(count), texts.repeat(len(timesteps), 1))
+        # The first row is for times that are not here.
+        times = timesteps if timesteps.is_floating_point() else timesteps.float()
+        self._times = F.pad(times, (1, 0), value=torch.nan)
+        rows = flat.unflatten(0, (-1, count))
+        self._rows = F.pad(rows, (0, 0, 0, 0, 1, 0), value=torch.nan)  # [1+S,count,total]
+
+    def holds(self, timestep: Tensor, pooled: Tensor) -> bool:
+        """Whether these are its texts, as they were, and on a CPU whether these are its times.
+
+        Of times on a GPU nothing is known without waiting for it.
+        """
+        own = self._pooled
+        if pooled.data_ptr() != own.data_ptr() or _version(pooled) != self._version:
+            return False
+        if isinstance(self._pictures, int):
+            same = _alike(pooled)
+        else:
+            same = (pooled.shape, pooled.stride()) == (own.shape, own.stride())
+        return same and (timestep.device.type != "cpu" or bool(self._found(timestep).any(1).all()))
 
     def __call__(self, timestep: Tensor) -> Tensor:
-        """[B,total] for timesteps [B], each one of the table's."""
-        place = (self.timesteps == timestep[:, None]).to(torch.uint8).argmax(1)
-        return self.rows[place]
+        """[B,total] for timesteps [B]; NaN for one that is not the table's."""
+        place = self._found(timestep).to(torch.uint8).argmax(1)
+        return self._rows[place, self._pictures]
+
+    def _found(self, timestep: Tensor) -> Tensor:
+        return self._times == timestep[:, None]
+
+
+def _alike(pooled: Tensor) -> bool:
+    """Whether all pictures have one text."""
+    return len(pooled) == 1 or pooled.stride(0) == 0
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version

@@ -1,6 +1,7 @@
 """Everything of one shape: joint buffers, and how a step runs over them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mimdit.condition import Condition
+from mimdit.engine.modes import kept
 from mimdit.engine.step import Joint
 
 
@@ -79,6 +81,28 @@ class Workspace:
         self._held = condition
 
 
+class Turns:
+    """Orders what several CUDA streams, of threads say, do with buffers that they share."""
+
+    def __init__(self) -> None:
+        self._last: Any = None
+
+    @contextmanager
+    def of(self, device: torch.device) -> Iterator[None]:
+        """Behind all that was launched in turns before; the host does not wait."""
+        # Inside of someone's own capture, events of outside are not allowed.
+        if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            yield
+            return
+        if self._last is not None:
+            torch.cuda.current_stream(device).wait_event(self._last)
+        try:
+            yield
+        finally:
+            self._last = torch.cuda.current_stream(device).record_event()
+
+
+@kept()
 def make_buffers(shape: Shape, blocks: int, heads: int, width: int) -> Buffers:
     """Not filled; heads of `width` channels."""
     options = {"dtype": shape.dtype, "device": shape.device}

@@ -14,10 +14,13 @@ from bench.measure import floating_point_operations
 from mimdit import accelerate
 from mimdit.engine import Engine, graphed, plan
 from mimdit.engine.graphed import Graphed
-from mimdit.loading import assemble
+from mimdit.loading import assemble, load_pipeline
+from mimdit.metrics import psnr
+from mimdit.pipeline import MiMDiTPipeline
 from mimdit.presets import build
 from mimdit.transformer import MiMDiTTransformer2DModel
 from mimkernels.explain import recorded
+from tests.export.conftest import sd35
 
 
 def drawn(**options: Any) -> MiMDiTTransformer2DModel:
@@ -231,17 +234,31 @@ def test_a_graph_replays_what_runs() -> None:
     assert not run._failed and graphed._WARMUP > 0
 
 
-def test_pictures_after_forty_steps() -> None:
-    """The same pixels to 60 dB."""
-    from mimdit.metrics import psnr
+MODELS: dict[str, Callable[[], MiMDiTPipeline]] = {
+    "debug": lambda: assemble(drawn(), 40),
+    "tiny": lambda: load_pipeline("tiny"),
+    "medium": lambda: sd35("medium", 128),
+    "large": lambda: sd35("large", 128),
+}
 
-    pipe = assemble(drawn(), 40)
+
+@pytest.mark.parametrize(
+    ("model", "guidance"),
+    [
+        ("debug", 1),
+        *(pytest.param(name, 1, marks=pytest.mark.slow) for name in ("tiny", "medium", "large")),
+        *(pytest.param(name, 3, marks=pytest.mark.slow) for name in ("medium", "large")),
+    ],
+)
+def test_pictures_after_forty_steps(model: str, guidance: float) -> None:
+    """The same pixels to 60 dB; three different pictures, of a size that is no multiple of any."""
+    pipe = MODELS[model]()
     pipe.set_progress_bar_config(disable=True)
-    picture = torch.rand(1, 3, 64, 48, generator=torch.Generator().manual_seed(3))
+    pictures = torch.rand(3, 3, 70, 50, generator=torch.Generator().manual_seed(3))
 
     def run() -> Tensor:
-        g = torch.Generator().manual_seed(0)
-        return pipe(picture, num_inference_steps=40, generator=g, output_type="pt").images
+        given = {"generator": torch.Generator().manual_seed(0), "guidance_scale": guidance}
+        return pipe(pictures, num_inference_steps=40, output_type="pt", **given).images
 
     wanted = run()
     accelerate(pipe)

@@ -1,5 +1,7 @@
 """The engine on a real GPU: its kernels and graphs against the reference, in every type."""
 
+import threading
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -138,3 +140,77 @@ def test_a_threshold_of_zero_skips_no_step() -> None:
     wanted = output(accelerate(model))
     found = output(accelerate(model, first_block_cache=0.0))
     assert relative(found, wanted) < 2e-3
+
+
+@pytest.mark.parametrize("own_streams", [False, True], ids=["one stream", "own streams"])
+def test_threads_whose_first_pictures_come_together(own_streams: bool) -> None:
+    """While one captures, others allocate; and no stream may write what another still reads."""
+    model = drawn("debug")
+    jobs: list[dict[str, Any]] = [{"batch": 1, "size": (18, 32)}, {"batch": 3}] * 2
+    wanted = [output(model, **job) for job in jobs]
+    accelerate(model)
+    found: dict[int, Tensor] = {}
+    start = threading.Barrier(len(jobs))
+    torch.cuda.synchronize()
+
+    def work(i: int) -> None:
+        stream = torch.cuda.Stream()
+        start.wait()
+        for _ in range(5):
+            with torch.cuda.stream(stream) if own_streams else nullcontext():
+                found[i] = output(model, **jobs[i])
+        stream.synchronize()
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.cuda.synchronize()
+    for i, reference in enumerate(wanted):
+        assert relative(found[i], reference) < 1e-5
+    engine: Any = model.engine
+    assert not any(workspace.run._failed for workspace in engine.workspaces.values())
+
+
+def test_graphs_captured_under_autocast() -> None:
+    """They do not read casts of weights that autocast has given back."""
+    model = drawn("sd35").requires_grad_(True)
+
+    def run() -> Tensor:
+        with torch.autocast(DEVICE, torch.bfloat16):
+            return output(model)
+
+    wanted = run()
+    accelerate(model)
+    for _ in range(3):
+        found = run()
+        torch.full((2**26,), torch.nan, device=DEVICE)
+        assert relative(found, wanted) < 2e-2
+
+
+@torch.no_grad()
+def test_times_that_were_not_prepared_are_no_numbers() -> None:
+    model = drawn("text alone modulates")
+    wanted = output(model)
+    engine: Any = accelerate(model).engine
+    x, z, t = inputs(model)
+    condition = model.encode_condition(z)
+    engine.prepare(t)
+    assert relative(model(x, t, condition).sample, wanted) < 1e-5
+    engine.prepare(t[1:])
+    finite = model(x, t, condition).sample.flatten(1).isfinite().all(1)
+    assert finite.tolist() == [False, True, True]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_second_gpu() -> None:
+    model = drawn("debug")
+    x, z, t = inputs(model)
+    wanted = output(model)
+    accelerate(model.to("cuda:1"))
+    x, z, t = (v.to("cuda:1") for v in (x, z, t))
+    with torch.no_grad():
+        for _ in range(3):
+            found = model(x, t, model.encode_condition(z)).sample
+            assert relative(found.to(DEVICE), wanted) < 1e-5
