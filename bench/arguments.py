@@ -5,9 +5,15 @@ from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
-import torch
 
-from mimdit.loading import PRECISIONS
+def at_least(p: argparse.ArgumentParser, args: argparse.Namespace, **least: int) -> None:
+    """End the command where a flag's number, or one of its numbers, is below `least`; None is not
+    given."""
+    for name, low in least.items():
+        given = getattr(args, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and value < low:
+                p.error(f"--{name}: expected at least {low}, got {value}")
 
 
 def parser(
@@ -18,6 +24,11 @@ def parser(
     Unasked it measures the paper's model on a GPU, and on a CPU the shipped one. presets: all that
     may be named; without them folders may, too.
     """
+    # Not above: `bench.kernels --help` is quick.
+    import torch
+
+    from mimdit.loading import PRECISIONS
+
     gpu = torch.cuda.is_available()
     p = argparse.ArgumentParser(prog=f"python -m bench.{name}", description=description)
     named = "preset or folder" if presets is None else "preset"

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from bench.arguments import at_least
 from training.batches import DrawnPairs
 from training.data import clean_crop, photographs, stored, tensor
 from training.datasets.reading import PictureFile
@@ -112,6 +113,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--least", type=float, default=0, help="pairs a second that each must reach")
     p.add_argument("--out", type=Path, help="JSON-lines file for all rows")
     args = p.parse_args(argv)
+    at_least(p, args, size=1)
+    try:
+        for name in args.types or ():
+            kinds_of(name)
+    except ValueError as error:
+        p.error(f"--types: {error}")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     rows = damages(args.size, args.seconds, args.types)
     print(f"| pairs of {args.size}×{args.size} | a second and core |\n|---|---|")

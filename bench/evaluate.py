@@ -98,7 +98,9 @@ def restore(
 ) -> tuple[dict[str, Any], list[str]]:
     """Restore the pictures that are not there; their settings, and a sentence for each failure."""
     place = out / "settings.json"
-    known = json.loads(place.read_text()) if place.is_file() else None
+    # Settings of which nothing has come, since all pictures failed, bind nobody.
+    some = any((out / "restored").rglob("*.png"))
+    known = json.loads(place.read_text()) if some and place.is_file() else None
     asked: dict[str, Any] = {
         "model": args.model,
         "seed": args.seed,

@@ -1,5 +1,6 @@
 """Scores of saved pictures: one by one, and over the pictures of a degradation."""
 
+import math
 import os
 import shutil
 import statistics
@@ -49,7 +50,11 @@ def score(
             if clean is None and metric.needs_original:
                 continue
             try:
-                row[name] = metric(picture, clean)
+                value = metric(picture, clean)
+                # One would make the mean of all pictures the same.
+                if not math.isfinite(value):
+                    raise ValueError(f"expected a finite number, got {value}")
+                row[name] = value
             # What a network of pyiqa raises for a size it cannot take is not known beforehand.
             except Exception as error:
                 failures.append(f"{pair.name}: no {name}: {first_line(error)}")

@@ -15,6 +15,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.arguments import at_least
 from bench.kernel_checks import PASSES, difference, forward, oracle
 from bench.kernel_tables import table
 from bench.rows import Row, RowFile, said
@@ -153,8 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--device", choices=["cuda", "cpu"], help="(default cuda if there is one)")
     p.add_argument("--resume", action="store_true", help="leave out what --out has already")
     args = p.parse_args(argv)
-    if args.runs < 1:
-        p.error(f"--runs: expected at least 1, got {args.runs}")
+    at_least(p, args, runs=1)
     if args.resume and not args.out:
         p.error("--resume: expected --out, a file to go on with")
 

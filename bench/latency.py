@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bench import machine, measure
-from bench.arguments import parser
+from bench.arguments import at_least, parser
 from bench.inputs import Inputs, load, make_inputs
 from bench.latency_tables import stages, table, thresholds
 from bench.latency_times import failed, time_variants
@@ -25,6 +25,8 @@ from bench.plots import latency_plot
 from bench.rows import Row, RowFile
 from bench.variants import CACHED, MAKERS, Variant, variants_of
 from export.checks import GATES, relative_error
+from mimdit.codec import codec_factor
+from mimdit.errors import first_line
 from mimdit.loading import PRECISIONS
 from mimdit.pipeline import MiMDiTPipeline
 
@@ -79,8 +81,8 @@ def run(
         "seed": 0,
         "clock": clock.__name__,
     } | machine.environment(device)
-    fixed["matrix_peak_tflops"] = measure.matrix_peak(device, dtype) / 1e12
-    fixed["bandwidth_gbs"] = measure.memory_bandwidth(device) / 1e9
+    fixed["matrix_peak_tflops"] = measure.matrix_peak(device, dtype, clock) / 1e12
+    fixed["bandwidth_gbs"] = measure.memory_bandwidth(device, clock) / 1e9
     fixed["step_gb"] = given.step_bytes / 1e9
     until = time.perf_counter() + seconds
     passed, rows, missing = [], [], {}
@@ -179,8 +181,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         p.error(
             f"--cpu-time: expected --device cpu and one thread (OMP_NUM_THREADS=1), got {found}"
         )
+    at_least(p, args, batch=1, steps=1, runs=1, warmup=0)
     names = [*names, *(f"{CACHED}={value:g}" for value in args.thresholds)]
-    pipe = load(args.model, args.device, args.precision)
+    try:
+        pipe = load(args.model, args.device, args.precision)
+    # No such model, folder or device.
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:
+        p.error(f"--model {args.model} --device {args.device}: {first_line(error)}")
+    unit = codec_factor(pipe.vae) * pipe.transformer.config["patch_size"]
+    if wrong := [size for size in args.sizes if size < 1 or size % unit]:
+        p.error(f"--sizes: expected multiples of {unit} pixels, got {wrong}")
     rows: list[Row] = []
     for size in args.sizes:
         found, reasons = run(

@@ -211,21 +211,25 @@ def _resident(count: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s that a large matrix product reaches here: the best of several runs."""
+def matrix_peak(
+    device: torch.device, dtype: torch.dtype, clock: Clock = time.perf_counter
+) -> float:
+    """FLOP/s that a large matrix product reaches here, by this clock: the best of several runs."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    times = interleaved({"product": lambda: a @ b}, device, warmup=3, runs=10)["product"]
+    products = {"product": lambda: a @ b}
+    times = interleaved(products, device, warmup=3, runs=10, clock=clock)["product"]
     return 2 * n**3 / min(times)
 
 
-def memory_bandwidth(device: torch.device) -> float:
-    """Bytes/s, read and written, that a large copy reaches here: the best of several runs."""
+def memory_bandwidth(device: torch.device, clock: Clock = time.perf_counter) -> float:
+    """Bytes/s, read and written, that a large copy reaches here, as `matrix_peak`."""
     size = 2**31 if device.type == "cuda" else 2**27
     # Zeros can be cheaper to move than data.
     source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    times = interleaved({"copy": lambda: target.copy_(source)}, device, warmup=3, runs=10)["copy"]
+    copies = {"copy": lambda: target.copy_(source)}
+    times = interleaved(copies, device, warmup=3, runs=10, clock=clock)["copy"]
     return 2 * size / min(times)
 
 

@@ -17,16 +17,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bench import classical, evaluate, routing
+from bench import evaluate, routing
+from bench.arguments import at_least
 from bench.evaluate import shifts_of
 from mimdit.engine import accelerate
 from mimdit.errors import first_line
 from mimdit.loading import load_pipeline
-from mimdit.metrics import OFFLINE, scorer
+from mimdit.metrics import OFFLINE, SSIM_WINDOW, scorer
 from mimdit.pipeline import MiMDiTPipeline
 from training.data import held_out
 from training.degrade import degrade
-from training.validation import centre_square
 
 # Kinds and pinned parameters; what is not pinned is drawn anew for each picture and seed.
 DAMAGES: dict[str, tuple[tuple[str, ...], dict[str, dict[str, Any]]]] = {
@@ -44,6 +44,9 @@ Row = dict[str, Any]
 
 def pictures(size: int) -> dict[str, np.ndarray]:
     """Central squares of the held-out photographs, float32 [size,size,3] in [0,1]."""
+    # Data sets need neither this, with the packages of training, nor the classical methods'.
+    from training.validation import centre_square
+
     return {name: centre_square(array / 255, size) for name, array in held_out().items()}
 
 
@@ -70,6 +73,7 @@ def measure(
     score: Callable[..., dict[str, float]],
 ) -> Iterator[Row]:
     """One row for each damage, picture, seed and variant: damaged, classical methods, ours."""
+    from bench import classical
 
     def figures(image: np.ndarray, clean: np.ndarray) -> dict[str, float]:
         return score(*(torch.from_numpy(x).movedim(-1, 0) for x in (image, clean)))
@@ -191,17 +195,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"mimdit-eval: {first_line(error)}", file=sys.stderr)
         return 2
+    except ImportError as error:
+        print(
+            f"mimdit-eval: {first_line(error)}; it needs: pip install 'mimdit[eval,train]'",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         more = "; the same command goes on" if args.dataset else ""
         print(f"mimdit-eval: stopped{more}", file=sys.stderr)
         return 130
 
 
+_OF_DATASETS = ("originals", "split", "limit", "output", "overwrite", "score_damaged", "seed")
+_OF_DATASETS += ("tile", "tile_overlap")
+
+
 def _check_held_out(args: argparse.Namespace, p: argparse.ArgumentParser) -> None:
-    """End the command where flags of data sets are given without one."""
+    """End the command where flags of data sets are given without one, or do not fit."""
+    at_least(p, args, size=SSIM_WINDOW, seeds=1, steps=1)
     if args.data is not None:
         p.error("--data needs --dataset, such as --dataset folder")
-    for name in ("originals", "split", "limit", "output", "overwrite", "score_damaged"):
+    for name in _OF_DATASETS:
         if getattr(args, name) != p.get_default(name):
             p.error(f"--{name.replace('_', '-')} goes with --dataset only")
 
@@ -217,12 +232,14 @@ def _check_dataset(args: argparse.Namespace, p: argparse.ArgumentParser) -> None
         p.error("--originals goes with --dataset folder only")
     if args.steps is not None and len(args.steps) > 1:
         p.error(f"--steps: expected one number with --dataset, got {args.steps}")
-    if args.limit is not None and args.limit < 1:
-        p.error(f"--limit: expected at least 1, got {args.limit}")
+    at_least(p, args, steps=1, limit=1)
 
 
 def _held_out(args: argparse.Namespace, pipe: MiMDiTPipeline) -> int:
     """Measure and print as parsed."""
+    for path in (args.out, args.picture):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
     size, seeds = args.size or 384, args.seeds or 3
     steps, damages = (
         args.steps or [1, 8, 40],

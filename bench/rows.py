@@ -31,9 +31,14 @@ class RowFile:
 
     def write(self, rows: Sequence[Row]) -> None:
         """All rows of this run so far."""
-        part = self.path.with_name(f"{self.path.name}.part")
-        part.write_text(self._before + "".join(json.dumps(row) + "\n" for row in rows))
-        part.replace(self.path)
+        write_whole(self.path, self._before + "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file is there whole, or as it was."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
 
 
 def said(fault: Exception) -> str:

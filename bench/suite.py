@@ -1,22 +1,28 @@
 """All checks and benchmarks that fit this machine, most important first: `python -m bench.suite`.
 
 Every stage is a command of its own with a time limit under nine minutes, so that one that hangs
-costs no more; each writes its rows as it measures them. Cut off, `--resume` goes on with the stages
-that have not finished.
+costs no more; each writes its rows as it measures them. Nothing that a stage started outlives it,
+or the suite: it would hold the GPU beside what is measured next. Cut off, `--resume` goes on with
+the stages that have not finished.
 """
 
 import argparse
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
+from bench.rows import write_whole
 from bench.stages import STAGES, Stage
+from mimdit.cli.interrupts import handling
 
 # Seconds that a stage may take, and the least that is worth beginning one for.
 LIMIT = 530
@@ -42,12 +48,18 @@ def run(stage: Stage, out: Path, small: bool, limit: float) -> Outcome:
     command = stage.words(sys.executable, out, small)
     began = time.perf_counter()
     with (out / f"{stage.name}.log").open("w") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
-            code: int | None = subprocess.run(
-                command, stdout=log, stderr=subprocess.STDOUT, timeout=limit, check=False
-            ).returncode
+            code: int | None = process.wait(limit)
         except subprocess.TimeoutExpired:
             code = None
+        finally:
+            # All of its session: a sanitizer's program and a compiler's workers, too.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     return Outcome(code, round(time.perf_counter() - began, 1))
 
 
@@ -115,10 +127,12 @@ def main(argv: Sequence[str] | None = None, stages: Sequence[Stage] = STAGES) ->
         if not (args.resume and stage.resumes):
             put_aside(stage, args.out)
         print(f"{stage.name}: running …", flush=True)
-        outcome = run(stage, args.out, args.small, min(args.limit, rest))
+        # An exception, so that the stage ends, too.
+        with handling(lambda number, _: sys.exit(128 + number), signal.SIGTERM):
+            outcome = run(stage, args.out, args.small, min(args.limit, rest))
         ran.append(outcome.code)
         state[stage.name] = vars(outcome)
-        state_file.write_text(json.dumps(state, indent=1))
+        write_whole(state_file, json.dumps(state, indent=1))
         log = args.out / f"{stage.name}.log"
         print(f"{stage.name}: {outcome}, see {log}")
         print(shown(log, outcome.code != 0), flush=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 # What the figures depend on besides the pictures.
 LIBRARIES = ("torch", "torchvision", "pyiqa", "diffusers", "numpy", "Pillow")
+_FORMULAS = (r"$\downarrow$", r"$\uparrow$")
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def markdown(results: Results) -> str:
 
 def latex(results: Results) -> str:
     """A `table` of booktabs, with variants and versions in the caption."""
-    head, rows = _cells(results, r"$\downarrow$", r"$\uparrow$")
+    head, rows = _cells(results, *_FORMULAS)
     rows = [[_escape(cell) for cell in row] for row in rows]
     lines = [
         r"\begin{table}",
@@ -173,11 +174,11 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _escape(text: str) -> str:
-    """LaTeX's special characters, but for formulas such as arrows."""
-    if "$" in text:
-        head, formula, rest = text.split("$", 2)
-        return f"{_escape(head)}${formula}${_escape(rest)}"
+    """LaTeX's special characters, but for an arrow at the end."""
+    for formula in _FORMULAS:
+        if text.endswith(formula):
+            return _escape(text.removesuffix(formula)) + formula
     text = text.replace("\\", "/")
-    for sign in "&%#_{}":
+    for sign in "&%#_{}$":
         text = text.replace(sign, "\\" + sign)
     return text.replace("~", r"\textasciitilde{}").replace("^", r"\textasciicircum{}")

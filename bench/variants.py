@@ -105,7 +105,7 @@ def with_engine(name: str, model: MiMDiTTransformer2DModel, engine: Engine, **ki
         return run
 
     def sampling(timesteps: Tensor) -> AbstractContextManager[None]:
-        return engine.steps(timesteps.to(model.dtype), [model.prompt()[1]])
+        return engine.steps(timesteps, [model.prompt()[1]])
 
     return Variant(
         name,

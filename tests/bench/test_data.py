@@ -28,3 +28,19 @@ def test_reading_compares_crops_with_whole_files(monkeypatch: pytest.MonkeyPatch
     rows = data.reading(32, 0.001)
     assert [row["what"] for row in rows] == ["png of 640×360", "jpg of 640×360"]
     assert all(row[key] > 0 for row in rows for key in ("native", "wide", "whole"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--types", "05Noise", "21Snow"], "--types: type: expected one of 01Blur"),
+        (["--size", "0"], "--size: expected at least 1, got 0"),
+    ],
+)
+def test_wrong_flags_are_refused_before_anything_is_timed(
+    flags: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        data.main(flags)
+    said = capsys.readouterr()
+    assert expected in said.err and not said.out

@@ -1,7 +1,9 @@
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -172,6 +174,28 @@ def test_sizes_are_whole_tokens() -> None:
         make_inputs(load("debug", "cpu", "fp32"), 60, 1)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--sizes", "64", "60"], r"--sizes: expected multiples of 8 pixels, got \[60\]"),
+        (["--steps", "0"], "--steps: expected at least 1, got 0"),
+        (["--runs", "0"], "--runs: expected at least 1, got 0"),
+        (["--batch", "-1"], "--batch: expected at least 1, got -1"),
+        (["--model", "no-such-model"], "--model no-such-model --device cpu: "),
+        (["--device", "cuda:99"], "--device cuda:99: "),
+    ],
+    ids=lambda given: given[0] if isinstance(given, list) else "",
+)
+def test_bad_requests_measure_nothing(
+    given: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--model", "debug", "--device", "cpu", "--precision", "fp32"]
+    with pytest.raises(SystemExit):
+        latency.main([*command, "--out", str(tmp_path / "rows.jsonl"), *given])
+    assert re.search(said, capsys.readouterr().err)
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
 def test_runs_are_interleaved() -> None:
     order: list[str] = []
     calls = {name: partial(order.append, name) for name in "ab"}
@@ -194,3 +218,10 @@ def test_what_a_gpu_says_of_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.gpu_state(device) == wanted
     assert machine._ask(device, {"driver": "driver_version"}) == {"driver": "580.159.04"}
     assert machine.gpu_state(torch.device("cpu")) == {}
+
+
+def test_peaks_are_by_the_clock_of_the_times() -> None:
+    """Beside other work the wall's would be too low, and shares of it over 100 %."""
+    ticks = count()
+    peak = measure.matrix_peak(torch.device("cpu"), torch.float32, lambda: next(ticks))
+    assert peak == 2 * 1024**3

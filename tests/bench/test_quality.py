@@ -54,7 +54,7 @@ def untrained(tmp_path: Path) -> Path:
 
 
 def test_command(untrained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, picture = untrained / "rows.jsonl", untrained / "sheet.png"
+    out, picture = untrained / "new/rows.jsonl", untrained / "newer/sheet.png"
     command = ["--model", str(untrained / "model"), "--size", "64", "--seeds", "2", "--metrics"]
     command += ["--steps", "1", "2", "--damages", "noise", "haze", "rain+haze"]
     assert quality.main([*command, "--out", str(out), "--picture", str(picture)]) == 0
@@ -90,6 +90,12 @@ def test_flags_of_data_sets_need_one(capsys: pytest.CaptureFixture[str]) -> None
         (["--limit", "3"], "--limit goes with --dataset only"),
         (["--score-damaged"], "--score-damaged goes with --dataset only"),
         (["--dataset", "folder", "--data", "x", "--limit", "0"], "--limit: expected at least 1"),
+        (["--size", "0"], "--size: expected at least 11, got 0"),
+        (["--steps", "8", "0"], "--steps: expected at least 1, got 0"),
+        (["--dataset", "folder", "--data", "x", "--steps", "0"], "--steps: expected at least 1"),
+        (["--seed", "1"], "--seed goes with --dataset only"),
+        (["-t", "64"], "--tile goes with --dataset only"),
+        (["--seeds", "0"], "--seeds: expected at least 1, got 0"),
     ):
         with pytest.raises(SystemExit):
             quality.main(flags)

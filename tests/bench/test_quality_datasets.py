@@ -142,6 +142,18 @@ def test_broken_pictures_are_named(
     assert "failed: 1: " in capsys.readouterr().out
 
 
+def test_settings_that_no_picture_was_restored_with_bind_nobody(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = data_folders.folders(tmp_path / "mine")
+    run = command(model, "folder", root, tmp_path / "out")
+    assert quality.main([*run, "--tile-overlap=-1"]) == 1
+    assert "failed: 0: tile_overlap: expected at least 0" in capsys.readouterr().out
+    assert quality.main([*run, "--limit", "1"]) == 0
+    assert quality.main([*run, "--seed", "4"]) == 2
+    assert "has pictures of other settings: expected seed 0, got seed 4" in capsys.readouterr().err
+
+
 def test_two_folders_and_damaged_pictures_alone(model: str, tmp_path: Path) -> None:
     for i in range(2):
         data_folders.pair(tmp_path / f"a/{i}.png", tmp_path / f"b/{i}.png", i)
@@ -193,6 +205,24 @@ def test_folder_metrics_get_the_pictures_of_a_degradation(foundir: Path) -> None
     assert [(f.degradation, f.n, f.ours) for f in found] == [("01Blur", 2, 3.5), ("all", 3, 3.5)]
     assert found[0].paper["MiM-DiT"] == 16.9659 and not found[1].paper and not missing
     assert seen == [(["000000.png", "000001.png"], 2), ([f"00000{i}.png" for i in range(3)], 3)]
+
+
+def test_figures_that_are_not_finite_are_named_and_not_averaged(foundir: Path) -> None:
+    """As a metric may give for a picture of one colour; NaN is no JSON either."""
+    values = iter([3.0, float("nan"), float("inf"), 5.0])
+    niqe = Metric("niqe", "fake", True, False, False, lambda picture: next(values))
+    pairs = list(read("foundir", foundir).pairs)[:4]
+    rows, failures = evaluate_scores.score(pairs, evaluate._damaged, {"niqe": niqe})
+    assert failures == [
+        "01Blur/0002: no niqe: expected a finite number, got nan",
+        "05Noise/0001: no niqe: expected a finite number, got inf",
+    ]
+    found, _ = evaluate_scores.figures("foundir", pairs, rows, evaluate._damaged, {"niqe": niqe})
+    assert [(f.degradation, f.n, f.ours) for f in found] == [
+        ("01Blur", 1, 3.0),
+        ("05Noise", 1, 5.0),
+        ("all", 2, 4.0),
+    ]
 
 
 def test_the_papers_columns() -> None:

@@ -1,6 +1,10 @@
 import argparse
 import importlib
 import json
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -50,6 +54,43 @@ def test_all_stages_fit_into_the_time_given(
     assert main(["--out", str(tmp_path), "--total", "5"], stages) == 1
     assert "later: left to --resume, the time is up" in capsys.readouterr().out
     assert main(["--out", str(tmp_path), "--total", "600", "--resume"], stages) == 0
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["time limit", "suite stopped"])
+def test_nothing_outlives_a_stage(
+    stopped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as the program under a sanitizer, which would go on beside the next measurement."""
+    number = tmp_path / "number"
+    (tmp_path / "staged.py").write_text(
+        "import pathlib, subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        f"pathlib.Path({str(number)!r}).write_text(str(child.pid))\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def stop() -> None:
+        while not number.exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    command = ["--out", str(tmp_path / "out"), "--limit", "60" if stopped else "3"]
+    stages = (Stage("parent", "staged", gpu=False),)
+    if stopped:
+        threading.Thread(target=stop, daemon=True).start()
+        with pytest.raises(SystemExit, match="143"):
+            main(command, stages)
+        assert not (tmp_path / "out" / "suite.json").exists()
+    else:
+        assert main(command, stages) == 1
+    status = Path(f"/proc/{number.read_text()}/stat")
+    for _ in range(100):
+        # Gone, or waiting for its new parent to notice.
+        if not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            return
+        time.sleep(0.05)
+    pytest.fail("what the stage started still runs")
 
 
 def test_stages_that_cannot_run_are_named(
