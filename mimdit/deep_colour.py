@@ -4,7 +4,7 @@ import io
 import struct
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ _SWAPPED = {"L": "B", "B": "L"}
 # Rows that are packed at once.
 _ROWS = 256
 # Tags and a type of TIFF.
-_WIDTH, _BITS, _SHORT = 256, 258, 3
+_WIDTH, _BITS, _PLANAR, _SHORT = 256, 258, 284, 3
+# What Pillow calls interleaved channels, and what they are unpacked as.
+_CHANNELS = {"RGB": "RGB", "RGBX": "RGBX", "RGBA": "RGBA", "RGBa": "RGBA"}
 
 
 def deep_planes(image: ImageFile.ImageFile, source: Path | io.BytesIO) -> np.ndarray | None:
@@ -27,34 +29,62 @@ def deep_planes(image: ImageFile.ImageFile, source: Path | io.BytesIO) -> np.nda
     Pillow has no such mode: it unpacks the high byte of each value. Told the other byte order it
     unpacks the low byte, so two passes give the whole value.
     """
-    raw_modes = {t.args[0] if isinstance(t.args, tuple) else t.args for t in image.tile}
-    raw = raw_modes.pop() if len(raw_modes) == 1 else None
-    if raw == "LA;16B" and image.mode == "RGBA":
+    raw_modes = [_raw_mode(tile) for tile in image.tile]
+    if set(raw_modes) == {"LA;16B"} and image.mode == "RGBA":
         # Four plain bytes a pixel: gray high, gray low, alpha high, alpha low.
-        _set_raw_mode(image, "RGBA")
+        _set_raw_modes(image, ["RGBA"])
         parts = np.asarray(image)
-        return _joined(parts[..., 0::2], parts[..., 1::2])
-    name, _, order = str(raw).partition(";16")
-    if name not in ("RGB", "RGBA") or order not in ("L", "B", "N"):
+        return _joined(parts[..., 0::2], parts[..., 1::2]) / 65535
+    high = [_high_bytes(image, raw) for raw in raw_modes]
+    if "" in high or not high:
         return None
+    _set_raw_modes(image, high)
     with Image.open(source, formats=(image.format or "",)) as again:
-        _set_raw_mode(again, f"{name};16{_SWAPPED[_NATIVE if order == 'N' else order]}")
+        _set_raw_modes(again, [raw[:-1] + _SWAPPED[raw[-1]] for raw in high])
         low = np.asarray(again)
-    return _joined(np.asarray(image), low)
-
-
-def _joined(high: np.ndarray, low: np.ndarray) -> np.ndarray:
-    values = high.astype(np.float32)
-    values *= 256
-    values += low
+    values = _joined(np.asarray(image), low)
+    if isinstance(key := image.info.get("transparency"), tuple):
+        # One colour that stands for nothing.
+        seen = (values != np.array(key, np.float32)).any(-1, keepdims=True)
+        values = np.concatenate([values, seen * np.float32(65535)], axis=2)
+    if raw_modes[0].startswith("RGBa"):
+        # Colours that were multiplied by alpha.
+        share = np.maximum(values[..., 3:], 1) / 65535
+        values[..., :3] = np.minimum(values[..., :3] / share, 65535)
     values /= 65535
     return values
 
 
-def _set_raw_mode(image: ImageFile.ImageFile, raw: str) -> None:
+def _high_bytes(image: ImageFile.ImageFile, raw: str) -> str:
+    """The raw mode, with its byte order, that unpacks the high bytes; "" where there is none."""
+    tags = getattr(image, "tag_v2", {})
+    if raw in ("R", "G", "B", "A") and tags.get(_BITS, (8,))[0] == 16:
+        # A plane of its own, whose values Pillow takes for bytes.
+        return f"{raw};16{'L' if tags.prefix == b'II' else 'B'}"
+    name, _, order = raw.partition(";16")
+    # Of compressed planes it gives the high bytes alone, whatever it is told.
+    if name not in _CHANNELS or order not in ("L", "B", "N") or tags.get(_PLANAR) == 2:
+        return ""
+    return f"{_CHANNELS[name]};16{_NATIVE if order == 'N' else order}"
+
+
+def _joined(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+    """Whole values, 0 to 65535, of their bytes."""
+    values = high.astype(np.float32)
+    values *= 256
+    values += low
+    return values
+
+
+def _raw_mode(tile: Any) -> str:
+    return str(tile.args[0] if isinstance(tile.args, tuple) else tile.args)
+
+
+def _set_raw_modes(image: ImageFile.ImageFile, raw_modes: Sequence[str]) -> None:
+    """One for each tile."""
     image.tile = [
         tile._replace(args=(raw, *tile.args[1:]) if isinstance(tile.args, tuple) else raw)
-        for tile in image.tile
+        for tile, raw in zip(image.tile, raw_modes, strict=True)
     ]
 
 

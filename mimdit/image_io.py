@@ -1,4 +1,4 @@
-"""Reading and writing pictures: the only module that touches picture files.
+"""Reading and writing pictures: picture files are touched through this module alone.
 
 Pixels are float32 in [0, 1]. What a restorer does not change (alpha, colour profile, EXIF, gray,
 bit depth) travels beside them in a `Picture` and is written back.
@@ -8,20 +8,18 @@ import glob
 import os
 import secrets
 import shutil
-import warnings
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from mimdit.colour_space import SPACES, to_srgb
-from mimdit.deep_colour import deep_planes
+from mimdit.decoding import decode
 from mimdit.encoding import encode, quantised
 from mimdit.errors import first_line
-from mimdit.metadata import Metadata, look, metadata_options, read_metadata, turn
+from mimdit.metadata import Metadata, metadata_options
 from mimdit.picture import Picture, PictureError
-from mimdit.png_chunks import other_than_srgb, read_chunks
+from mimdit.png_chunks import other_than_srgb
 
 WRITE_FORMATS = (
     {".png": "PNG", ".webp": "WEBP", ".bmp": "BMP"}
@@ -30,11 +28,10 @@ WRITE_FORMATS = (
 )
 READ_SUFFIXES = frozenset(WRITE_FORMATS) | {".gif", ".pgm", ".ppm", ".avif"}
 
-# Pillow also opens formats that start other programs (EPS), so the list is closed.
-_OPEN_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")
+# How a TIFF begins: little or big endian, the last two with addresses of 64 bits.
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _ALPHA_FORMATS = ("PNG", "WEBP", "TIFF")
 _DEEP_FORMATS = ("PNG", "TIFF")
-_GRAY_MODES = ("1", "L", "LA", "La")
 # The longest side that a format can hold.
 _SIDES = {"WEBP": 16383, "JPEG": 65500}
 
@@ -43,8 +40,8 @@ def read_picture(path: str | Path) -> Picture:
     """Decode the picture at `path`; of an animation or a document, the first page, with a note.
 
     Palette, gray and 1-bit pictures become RGB, CMYK and Lab ones sRGB by their profile, with a
-    note. 16 bits are kept for gray (PNG, TIFF, PGM) and for interleaved colour (PNG, TIFF); TIFFs
-    stored plane by plane are read with 8 bits.
+    note. 16 bits are kept for gray (PNG, TIFF, PGM) and colour (PNG, TIFF), but for TIFFs that are
+    compressed plane by plane, of which a note says so.
 
     Raises:
         PictureError: no such file, not a picture, truncated, empty or too large.
@@ -58,7 +55,7 @@ def read_picture(path: str | Path) -> Picture:
     try:
         if path.stat().st_size == 0:
             raise PictureError(f"{path}: the file is empty (0 bytes); copy or download it again")
-        return _decode(path)
+        return decode(path)
     except (PictureError, MemoryError):
         raise
     except Image.DecompressionBombError:
@@ -67,6 +64,12 @@ def read_picture(path: str | Path) -> Picture:
             f"{path}: more than {limit:.4g} million pixels; cut it into smaller pictures first"
         ) from None
     except UnidentifiedImageError:
+        with open(path, "rb") as file:
+            start = file.read(4)
+        if start in _TIFF:
+            raise PictureError(
+                f"{path}: a damaged TIFF, or one of a rare kind; save it again with 8 or 16 bits"
+            ) from None
         raise PictureError(
             f"{path}: not a picture of a known type; give PNG, JPEG, WebP, TIFF, BMP or GIF"
         ) from None
@@ -93,7 +96,7 @@ def write_picture(
         path: file to write or replace.
         rgb: float [H, W, 3]; values outside [0, 1] are clipped.
         like: the source, whose alpha, profile, metadata, gray and bit depth are kept.
-        quality: 1 to 100, of JPEG and WebP.
+        quality: 1 to 100, of JPEG and WebP; a WebP without loss stays one.
 
     Returns:
         What the format could not hold, in words for a user.
@@ -152,6 +155,8 @@ def write_picture(
             comments=like.comments,
         )
         options, lost = metadata_options(kind, held)
+        if kind == "WEBP":
+            options["lossless"] = like.lossless
         write_bytes(path, encode(pixels, kind, icc, options, quality))
     except (OSError, ValueError, RuntimeError) as error:
         raise PictureError(f"{path}: cannot be written ({_reason(error)})") from error
@@ -231,78 +236,6 @@ def compare(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     height, width, channels = before.shape
     line = np.ones((height, max(2, width // 256), channels), before.dtype)
     return np.concatenate([before, line, after.astype(before.dtype)], axis=1)
-
-
-def _decode(path: Path) -> Picture:
-    # With `formats` given, Pillow neither loads its rarer readers nor passes over absent ones.
-    Image.init()
-    formats = [name for name in _OPEN_FORMATS if name in Image.OPEN]
-    # Pillow warns about odd metadata of pictures that it decodes well.
-    listen = warnings.catch_warnings(record=True, action="always")
-    chunks = read_chunks(path)
-    source = chunks.sound or path
-    with listen as caught, Image.open(source, formats=formats) as image:
-        if 0 in image.size:
-            raise PictureError(f"{path}: has no pixels; copy or download it again")
-        form, notes = image.format or "", []
-        opened = look(image)
-        icc = image.info.get("icc_profile") or None
-        planes, bits = deep_planes(image, source), 16
-        if planes is None and image.mode in SPACES:
-            rgb, icc, note = to_srgb(image, icc)
-            planes, bits, notes = _planes(path, rgb), 8, [note]
-        elif planes is None:
-            planes = _planes(path, image)
-            bits = 16 if image.mode[0] in "IF" else 8
-        # Only now: a PNG may hold its EXIF behind the pixels, and a TIFF is turned when decoded.
-        known = read_metadata(image, opened, caught)
-        icc = image.info.get("icc_profile") or icc if image.mode not in SPACES else icc
-    notes += [*known.notes, *chunks.notes]
-    if known.frames > 1:
-        notes.append(f"holds {known.frames} pictures (frames or pages); only the first is restored")
-    upright = np.ascontiguousarray(turn(planes, known.orientation), dtype=np.float32)
-    channels = upright.shape[2]
-    alpha = upright[..., -1].copy() if channels in (2, 4) else None
-    gray = channels < 3
-    rgb = np.repeat(upright[..., :1], 3, axis=2) if gray else upright
-    # A view of the colours would keep alpha a second time.
-    rgb = rgb[..., :3].copy() if rgb.shape[2] > 3 else rgb
-    return Picture(
-        rgb,
-        alpha,
-        bits,
-        icc,
-        known.exif,
-        gray,
-        form,
-        known.xmp,
-        known.dpi,
-        (*notes,),
-        known.iptc,
-        chunks.texts,
-        chunks.colours,
-        known.comments,
-    )
-
-
-def _planes(path: Path, image: Image.Image) -> np.ndarray:
-    """Planes float32 [H, W, 1..4] in [0, 1], by the modes that Pillow has."""
-    if image.mode.startswith("I"):
-        values = np.asarray(image)[..., None]
-        if values.min() < 0 or values.max() > 65535:
-            raise PictureError(f"{path}: has 32-bit values; save it with 16 bits")
-        return values.astype(np.float32) / 65535
-    if image.mode == "F":
-        values = np.asarray(image)[..., None]
-        if not (values.min() >= 0 and values.max() <= 1):
-            raise PictureError(f"{path}: has values outside [0, 1]; save it with 16 bits")
-        return values
-    mode = "L" if image.mode in _GRAY_MODES else "RGB"
-    if image.has_transparency_data:
-        mode = "LA" if mode == "L" else "RGBA"
-    values = np.asarray(image.convert(mode)).astype(np.float32)
-    values /= 255
-    return values.reshape(*values.shape[:2], -1)
 
 
 def _reason(error: Exception) -> str:

@@ -45,7 +45,9 @@ def to_tensor(image: Pictures) -> Tensor:
 
 
 def _array(image: Image.Image) -> np.ndarray:
-    """[H,W,3] uint8, or uint16 of a 16-bit gray picture."""
+    """[H,W,3] uint8, or of gray with more bits: uint16 of whole numbers, floats as they are."""
+    if image.mode == "F":
+        return np.repeat(np.asarray(image)[..., None], 3, axis=2)
     if not image.mode.startswith("I"):
         return np.asarray(image.convert("RGB"))
     values = np.asarray(image)

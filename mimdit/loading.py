@@ -30,6 +30,11 @@ def assemble(
     )
 
 
+def shipped() -> set[str]:
+    """Names of the models that come with the package; they go before folders of the same name."""
+    return {p.name for p in WEIGHTS.iterdir() if p.is_dir()} if WEIGHTS.is_dir() else set()
+
+
 def load_pipeline(model: str, device: str = "cpu", precision: str | None = None) -> MiMDiTPipeline:
     """A pipeline by the name of a shipped model, by folder, or by hub id.
 
@@ -37,10 +42,10 @@ def load_pipeline(model: str, device: str = "cpu", precision: str | None = None)
     """
     if precision is not None and precision not in PRECISIONS:
         raise ValueError(f"precision: expected bf16, fp16 or fp32, got {precision!r}")
-    shipped = {p.name for p in WEIGHTS.iterdir() if p.is_dir()} if WEIGHTS.is_dir() else set()
-    folder = str(WEIGHTS / model) if model in shipped else model
-    if model not in shipped and not Path(model).is_dir() and model.count("/") != 1:
-        names = ", ".join([*sorted(shipped), "a folder", "or a hub id"])
+    ours = shipped()
+    folder = str(WEIGHTS / model) if model in ours else model
+    if model not in ours and not Path(model).is_dir() and model.count("/") != 1:
+        names = ", ".join([*sorted(ours), "a folder", "or a hub id"])
         raise ValueError(f"no such model folder; expected {names}")
     if Path(folder).is_dir() and not (Path(folder) / "model_index.json").is_file():
         raise ValueError("not a model folder, it has no model_index.json")

@@ -8,6 +8,15 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
+# What is said by those that raise no error of their own: torch on a CPU and on Apple's GPUs, CUDA's
+# driver, and the libraries on it.
+_SHORT = (
+    "DefaultCPUAllocator",
+    "MPS backend out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 
 
 def shrinking(
@@ -23,7 +32,7 @@ def shrinking(
         try:
             return run(tile, batch)
         except (RuntimeError, MemoryError) as error:
-            if not _ran_out(error):
+            if not ran_out(error):
                 raise
             if batch > 1:
                 batch //= 2
@@ -42,12 +51,11 @@ def shrinking(
         )
 
 
-def _ran_out(error: RuntimeError | MemoryError) -> bool:
+def ran_out(error: Exception) -> bool:
     """Whether memory is what was missing: only CUDA's allocator has a class of its own for it."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    text = str(error)
-    return "DefaultCPUAllocator" in text or "MPS backend out of memory" in text
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _SHORT)
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -21,6 +21,8 @@ OFFLINE = ("ms_ssim", "vif", "gmsd", "fsim", "nlpd", "cw_ssim", "piqe", "entropy
 # Of pyiqa, what all-in-one restoration is compared by; most download weights at their first use.
 STANDARD = ("psnr", "ssim", "lpips", "fid", "niqe", "liqe", "musiq", "clipiqa")
 STANDARD += ("clipiqa+_vitL14_512",)
+# Pixels along the side of its Gaussian.
+SSIM_WINDOW = 11
 # What pyiqa computes under these names (its default configurations).
 _VARIANTS = {
     "psnr": "RGB, data range 1",
@@ -53,7 +55,7 @@ def ssim(a: Tensor, b: Tensor) -> float:
         from skimage.metrics import structural_similarity
     except ImportError as error:
         raise ImportError("ssim needs scikit-image: pip install 'mimdit[eval]'") from error
-    if a.shape != b.shape or a.ndim != 3 or min(a.shape[1:]) < 11:
+    if a.shape != b.shape or a.ndim != 3 or min(a.shape[1:]) < SSIM_WINDOW:
         raise ValueError(
             "ssim: expected two pictures [3,H,W] of at least 11×11 pixels, "
             f"got {tuple(a.shape)} and {tuple(b.shape)}"

@@ -1,5 +1,8 @@
 """What may be asked of a restoration, whatever runs it."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from mimdit.color import COLOR_FIXES
 
 # What one routing is computed from.
@@ -45,3 +48,15 @@ def check_options(
         raise ValueError(f"color_fix: expected one of {', '.join(COLOR_FIXES)}, got {fix!r}")
     if output_type not in ("pil", "np", "pt", "latent"):
         raise ValueError(f"output_type: expected pil, np, pt or latent, got {output_type!r}")
+
+
+def callback_tensors(
+    callback: Any, asked: Sequence[str], known: Sequence[str] = ("latents",)
+) -> Sequence[str]:
+    """Names of what a callback gets; ValueError for one that is not known."""
+    # Callbacks of diffusers' classes name what they read themselves.
+    named = getattr(callback, "tensor_inputs", asked)
+    for name in set(named) - set(known):
+        expected = ", ".join(known)
+        raise ValueError(f"callback_on_step_end_tensor_inputs: expected {expected}, got {name!r}")
+    return named

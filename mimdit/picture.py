@@ -31,6 +31,7 @@ class Picture:
         colours: of a PNG, what says which colours its values are, besides a profile: chunks cICP,
             cHRM, gAMA and sRGB.
         comments: of a JPEG or GIF.
+        lossless: of a WebP, whether it was compressed without loss.
     """
 
     rgb: np.ndarray
@@ -47,3 +48,4 @@ class Picture:
     texts: tuple[Chunk, ...] = ()
     colours: tuple[Chunk, ...] = ()
     comments: tuple[bytes, ...] = ()
+    lossless: bool = False

@@ -18,7 +18,7 @@ from mimdit.color import color_fix
 from mimdit.inputs import Pictures, to_tensor
 from mimdit.memory import shrinking
 from mimdit.mim import Routing
-from mimdit.options import check_options, grid_places
+from mimdit.options import callback_tensors, check_options, grid_places
 from mimdit.planning import PicturePlan, Wish, make_plan
 from mimdit.sampling import Denoiser, draw_noise, sample
 from mimdit.steering import check_experts
@@ -181,11 +181,8 @@ class MiMDiTPipeline(
             steps, shifts, strength, color_fix, tile, tile_overlap, tile_batch, routing, output_type
         )
         check_experts(self.transformer.mim.groups, experts or {})
-        # Callbacks of diffusers' classes name what they read themselves.
-        named = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
-        for name in set(named) - set(self._callback_tensor_inputs):
-            known = ", ".join(self._callback_tensor_inputs)
-            raise ValueError(f"callback_on_step_end_tensor_inputs: expected {known}, got {name!r}")
+        asked = callback_on_step_end_tensor_inputs
+        named = callback_tensors(callback_on_step_end, asked, self._callback_tensor_inputs)
         damaged = to_tensor(image)
         height, width = damaged.shape[-2:]
         texts = (prompt, negative_prompt)

@@ -6,7 +6,7 @@ outliers; "fp8" is e4m3 (arXiv 2209.05433).
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,8 @@ _LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 KINDS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 # Compute capabilities whose matrix instructions take these types.
 _CAPABILITY = {"int8": (8, 0), "fp8": (8, 9)}
+# Weights whose memory is what their shape says.
+ORDINARY = (Tensor, nn.Parameter)
 # The least rows that CUDA's int8 product takes, and what its widths must be multiples of.
 _ROWS, _STEP = 32, 16
 
@@ -40,9 +42,24 @@ def check_quantization(kind: str, device: torch.device) -> None:
         raise ValueError(f"quantize: {kind!r} needs {needed}, this one has {have[0]}.{have[1]}")
 
 
+def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a layer is the product with its weight, and its bias, and nothing else.
+
+    Not so are LoRAs, layers with hooks or a forward of their own (other kinds of LoRA set one), and
+    weights that another library has quantised or sharded.
+    """
+    own = vars(layer)
+    return (
+        type(layer) is nn.Linear
+        and "forward" not in own
+        and not (own["_forward_hooks"] or own["_forward_pre_hooks"])
+        and type(layer.weight) in ORDINARY
+    )
+
+
 def quantizable(layer: nn.Module) -> bool:
     """Plain linear layers of widths that the products take; others stay as they are."""
-    return type(layer) is nn.Linear and not any(n % _STEP for n in layer.weight.shape)
+    return is_plain(layer) and not any(n % _STEP for n in layer.weight.shape)
 
 
 def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,8 @@ _MODELS = 2
 # The buffers of a model serve one picture at a time.
 _TURN = threading.RLock()
 _GRAY_MODES = ("1", "L", "LA", "La")
+# Of seeds, as torch takes them.
+_LARGEST = 2**63 - 1
 
 
 class Options(TypedDict, total=False):
@@ -86,14 +88,14 @@ def restore(
     Args:
         image: a file (orientation applied), a PIL picture, numpy [H,W,3] or [B,H,W,3] (floats in
             [0,1], uint8 or uint16), or torch [3,H,W] or [B,3,H,W] in [0,1].
-        output: a file to write, too, with the metadata, profile, transparency and depth of `image`
-            where that is a file. Not for batches.
+        output: a file to write, too, with the metadata, profile and transparency of `image` where
+            that is a file, and its depth. Not for batches.
         model: name of a shipped model, folder, hub id, or a pipeline. The last two that were named
             stay in memory, until their files change.
         device: "auto", "cuda", "cuda:N", "mps" or "cpu". precision: "fp32", "bf16" or "fp16".
             Neither counts for a pipeline.
         steps: `num_inference_steps` of the pipeline, whose call describes the other options.
-        seed: of the noise.
+        seed: of the noise, at least 0.
         overwrite: replace `output` where it exists.
 
     Returns:
@@ -108,9 +110,16 @@ def restore(
     if isinstance(image, (str, os.PathLike)):
         picture: Picture | None = read_picture(os.fspath(image))
         given: Any = picture.rgb
+    elif isinstance(image, Image.Image):
+        picture, given = _picture(image), image
+    elif isinstance(image, (np.ndarray, Tensor)):
+        picture, given = None, image
     else:
-        given = image
-        picture = _picture(image) if isinstance(image, Image.Image) else None
+        raise ValueError(
+            f"image: expected the path of a file, PIL, numpy or torch, got {type(image).__name__}"
+        )
+    if not (isinstance(seed, (int, np.integer)) and 0 <= seed <= _LARGEST):
+        raise ValueError(f"seed: expected a whole number from 0 to {_LARGEST}, got {seed!r}")
     source = to_tensor(given)
     if output is not None:
         _check_output(Path(output), source, overwrite)
@@ -118,7 +127,7 @@ def restore(
         pipe = model if isinstance(model, MiMDiTPipeline) else _named(model, device, precision)
         restored = pipe(
             image=source,
-            generator=torch.Generator("cpu").manual_seed(seed),
+            generator=torch.Generator("cpu").manual_seed(int(seed)),
             output_type="np",
             num_inference_steps=steps,
             shifts=shifts,
@@ -133,7 +142,9 @@ def restore(
             progress=progress,
         ).images  # [B,H,W,3]
     if output is not None:
-        write_picture(os.fspath(output), restored[0], picture)
+        deep = isinstance(image, np.ndarray) and (image.dtype.kind, image.itemsize) == ("u", 2)
+        like = picture or Picture(restored[0], bits=16 if deep else 8)
+        write_picture(os.fspath(output), restored[0], like)
     if picture is not None:
         return _as_pil(restored[0], picture)
     if isinstance(image, Tensor):
@@ -187,7 +198,7 @@ def _picture(image: Image.Image) -> Picture:
     alpha = None
     if image.has_transparency_data:
         alpha = np.asarray(image.convert("RGBA").getchannel("A")).astype(np.float32) / 255
-    deep = image.mode.startswith("I")
+    deep = image.mode[0] in "IF"
     gray = deep or image.mode in _GRAY_MODES
     return Picture(rgb, alpha, 16 if deep else 8, image.info.get("icc_profile"), gray=gray)
 

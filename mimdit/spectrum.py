@@ -45,7 +45,9 @@ def reshape_spectrum(pixels: Tensor, controls: Tensor, strength: Tensor) -> Tens
     scale = others * strength.repeat_interleave(3, dim=0)
     # Fourth powers, not a ratio of coefficients near zero, which rounding would decide.
     power = found.square().square()
-    shrunk = power / (power + (scale * _LEAST * threshold.exp()).square().square() + 1e-30)
+    least = (scale * _LEAST * threshold.exp()).square().square()
+    # Not a sum with 1e-30, which optimisers of graphs take for zero.
+    shrunk = power / (power + least).clamp(min=1e-30)
     found = found * (scale * gain).exp() * shrunk
     # Each pixel lies in four blocks.
     planes = F.pixel_shuffle(F.conv_transpose2d(found, basis), side) / 4

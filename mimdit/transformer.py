@@ -1,6 +1,6 @@
 """Diffusers' SD3 transformer, conditioned on a damaged picture by mixtures of experts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -209,16 +209,21 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
     @apply_forward_hook
     def encode_condition(self, lq_latents: Tensor, routing: Routing | None = None) -> Condition:
         """m_l = ZeroLinear_l(MiM_l(PatchEmbed(z_lq) + pos)) for every block; z_lq [B,c,h,w]."""
+        engine = None if torch.is_grad_enabled() else self.engine
+        mim = self.mim if engine is None else engine.mixtures
+        found = self._encode(lq_latents, routing, mim)
+        return found if engine is None else engine.condition(found)
+
+    def _encode(
+        self, lq_latents: Tensor, routing: Routing | None, mim: Callable[..., Any]
+    ) -> Condition:
         grid = self.grid(lq_latents)
         if routing is None and self.pos_embed.offset is not None:
             routing = self.mim.route(self.mim.pool(self._embed(lq_latents, centred=True)))
         z = self._embed(lq_latents)
-        engine = None if torch.is_grad_enabled() else self.engine
-        mim = self.mim if engine is None else engine.mixtures
         out = [mim(z, grid, layers, routing) for layers in self.mim.chunks(z)]
         tokens = tuple(m for part, _ in out for m in part.unbind())
-        found = Condition(lq_latents, tokens, Routing.cat([chosen for _, chosen in out]))
-        return found if engine is None else engine.condition(found)
+        return Condition(lq_latents, tokens, Routing.cat([chosen for _, chosen in out]))
 
     def _embed(self, lq_latents: Tensor, centred: bool = False) -> Tensor:
         """PatchEmbed(z_lq) + pos, [B,K,D]; centred: whatever `position_offset` says."""
@@ -257,6 +262,10 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
         if self.engine is not None and not torch.is_grad_enabled() and not kwargs:
             return self.engine.predict(hidden_states, timestep, condition, text, pooled)
         if condition is not None:
+            if not condition.tokens and self.engine is not None and not torch.is_grad_enabled():
+                # An engine keeps keys and values of the tokens, which its own steps alone read.
+                mim = self.engine.mixtures
+                condition = self._encode(condition.latents, condition.routing, mim)
             if not condition.tokens:
                 raise ValueError(
                     "condition: expected one that this model encoded as it is now, got one of the "

@@ -1,6 +1,7 @@
 """Shared fixtures; Triton's interpreter where there is no GPU."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -20,3 +21,10 @@ def debug_model() -> MiMDiTTransformer2DModel:
     """
     torch.manual_seed(0)
     return build("debug").randomize_(0).eval()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _as_in_a_terminal() -> None:
+    """Ctrl-C reaches tests and what they start, also where all of it runs in the background."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

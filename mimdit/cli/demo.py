@@ -178,7 +178,7 @@ def build_page(studio: Studio, args: argparse.Namespace) -> Any:
         path: str | None,
         strength: float,
         steps: int,
-        seed: int,
+        seed: int | None,
         color_fix: str,
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
@@ -189,7 +189,8 @@ def build_page(studio: Studio, args: argparse.Namespace) -> Any:
         def passed(done: int, total: int) -> None:
             progress((done, total), desc="restoring", unit="passes")
 
-        options = (int(steps), float(strength), int(seed), color_fix)
+        # An emptied field has no seed.
+        options = (int(steps), float(strength), int(seed or 0), color_fix)
         visitor = str(request.session_hash)
         try:
             for out in studio.restore(path, visitor, passed, *options):

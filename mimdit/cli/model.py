@@ -2,9 +2,13 @@
 
 import argparse
 import os
+import sys
 import traceback
+import warnings
 from importlib.metadata import entry_points
 from typing import Any
+
+from tqdm import tqdm
 
 from mimdit.errors import first_line
 
@@ -27,7 +31,13 @@ def load(args: argparse.Namespace) -> Any:
             found = [*entry_points(group="mimdit.engines", name="onnx")]
             if not found:
                 raise ValueError("expected the package export, found none; install mimdit anew")
-            return found[0].load()(args.engine, args.device)
+            with warnings.catch_warnings(record=True) as notes:
+                # What runs it instead may be much slower.
+                warnings.filterwarnings("always", message=".*takes its place")
+                pipe = found[0].load()(args.engine, args.device)
+            for note in notes:
+                tqdm.write(f"note: {note.message}", file=sys.stderr)
+            return pipe
 
         from diffusers.utils import logging
 

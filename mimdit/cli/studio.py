@@ -148,8 +148,9 @@ class Studio:
 def sentence(path: str | None, error: Exception) -> str:
     """An error for a visitor, without the places of temporary files."""
     from mimdit.errors import first_line
+    from mimdit.memory import ran_out
 
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if ran_out(error):
         return "out of memory; use a smaller picture"
     text = first_line(error)
     return text if path is None else text.replace(path, Path(path).name)

@@ -232,7 +232,10 @@ def _sentence(source: str, error: Exception) -> str:
     if isinstance(error, PictureError):
         text = str(error)
         return text if text.startswith(f"{source}:") else f"{source}: {text}"
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+
+    from mimdit.memory import ran_out
+
+    if ran_out(error):
         return f"{source}: out of memory; use smaller tiles (-t 512) or --batch-size 1"
     return f"{source}: {first_line(error)}"
 

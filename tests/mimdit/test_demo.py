@@ -221,8 +221,8 @@ def test_many_visitors_at_once(served: tuple[str, int, Path], tmp_path: Path) ->
 
     def ask(i: int) -> np.ndarray:
         given = handle_file(str(paths[i]))
-        answer = clients[i].predict(given, 1.0, 0, i, "none", api_name="/restore")
-        # A button is changed by an update, which holds the file.
+        # An emptied field means 0. A button is changed by an update, which holds the file.
+        answer = clients[i].predict(given, 1.0, 0, i or None, "none", api_name="/restore")
         return read_picture(answer[2]["value"]).rgb
 
     ask(0)

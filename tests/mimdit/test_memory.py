@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from mimdit import accelerate
+from mimdit.cli.studio import sentence
+from mimdit.cli.work import _sentence
 from mimdit.engine import plan
 from mimdit.loading import assemble
-from mimdit.memory import _container_room, shrinking
+from mimdit.memory import _container_room, ran_out, shrinking
 from mimdit.presets import build
 from mimdit.sampling import Denoiser
 from tests.bench.counted import step_flops
@@ -33,6 +35,23 @@ def test_batches_shrink_before_tiles() -> None:
     assert len(released) == 3
     with pytest.warns(match="too much"), pytest.raises(torch.OutOfMemoryError):
         shrinking(starved(10, []), 256, 1, 64, lambda: None)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=["numpy", "cuda", "cpu", "driver", "cublas"],
+)
+def test_every_lack_of_memory_is_known_as_such(error: Exception) -> None:
+    assert ran_out(error) and not ran_out(RuntimeError("unlucky"))
+    assert _sentence("a.png", error).startswith("a.png: out of memory; use smaller tiles")
+    assert sentence(None, error) == "out of memory; use a smaller picture"
 
 
 @pytest.mark.parametrize("accelerated", [False, True])

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -142,6 +143,70 @@ def test_ctrl_c_leaves_whole_pictures_and_no_process(
     for name in whole:
         with Image.open(tmp_path / "many" / name) as image:
             image.load()
+
+
+# A cluster that lives until its input ends, and says where it is.
+HEAD = """
+import sys, ray
+ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+print("address", ray.get_runtime_context().gcs_address, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
+    """Address and mark of a cluster that runs already, as another user's does."""
+    pytest.importorskip("ray.data", reason=NEEDS)
+    # Newer versions ask whoever connects for it.
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", uuid.uuid4().hex)
+    options = settings(tmp_path)
+    command = [sys.executable, "-c", HEAD]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, start_new_session=True, **options
+    ) as head:
+        assert head.stdout is not None
+        lines = iter(head.stdout.readline, "")
+        address = next((line.split()[1] for line in lines if line.startswith("address ")), None)
+        assert address is not None, head.communicate()
+        yield address, options["env"]["MARK"]
+        head.communicate(timeout=120)
+
+
+@pytest.mark.slow
+@linux
+def test_ctrl_c_leaves_a_cluster_of_others_running(
+    tmp_path: Path, cluster: tuple[str, str]
+) -> None:
+    address, mark = cluster
+    pictures(tmp_path / "in")
+    options = settings(tmp_path)
+    command = [*COMMAND, "-o", "many", "--ray", address, "--ray-workers", "2"]
+    with subprocess.Popen(command, start_new_session=True, **options) as run:
+        while run.poll() is None and len(list(tmp_path.glob("many/*/*.png"))) < 3:
+            time.sleep(0.1)
+        assert run.poll() is None, run.communicate()
+        assert len(processes(mark, b"ray::MapWorker")) == 2
+        os.killpg(run.pid, signal.SIGINT)
+        out, err = run.communicate(timeout=300)
+    assert run.returncode == 130, err
+    assert err.splitlines()[-1] == "mimdit-restore: stopped; run again with --resume to go on"
+    assert "Traceback" not in err and len(out.splitlines()) <= 1
+    # Its models leave the cluster, which goes on.
+    deadline = time.monotonic() + 60
+    while (left := processes(mark, b"ray::MapWorker")) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not left and not processes(options["env"]["MARK"])
+    assert processes(mark, b"gcs_server")
+    there = files(tmp_path / "many")
+    assert 3 <= len(there) < COUNT
+    again = subprocess.run([*command, "--resume"], **options)
+    assert again.returncode == 1, again.stderr
+    assert again.stdout.startswith(f"restored {COUNT - len(there)} pictures into many")
+    whole = files(tmp_path / "many")
+    assert len(whole) == COUNT and {name: whole[name] for name in there} == there
+    assert processes(mark, b"gcs_server")
 
 
 def test_without_ray_one_sentence_says_what_to_install(

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -95,6 +96,36 @@ def test_files_as_the_command_line_writes_them(
         restore("a.png", "none/b.png", model="no model")
     with pytest.raises(ValueError, match="got a batch of 2"):
         restore(np.zeros((2, 9, 9, 3), np.uint8), "d.png", model=pipe)
+
+
+def test_depth_of_arrays_and_floats_of_pil(pipe: MiMDiTPipeline, tmp_path: Path) -> None:
+    deep = RNG.integers(0, 65536, (9, 12, 3), np.uint16)
+    out = restore(deep, tmp_path / "a.png", model=pipe, strength=0)
+    assert np.array_equal(out, deep)
+    written = read_picture(tmp_path / "a.png")
+    assert written.bits == 16 and np.array_equal(np.rint(written.rgb * 65535), deep)
+    gray = deep[..., 0].astype(np.float32) / 65535
+    image = restore(Image.fromarray(gray), model=pipe, strength=0)
+    assert image.mode == "I;16" and np.array_equal(np.asarray(image), deep[..., 0])
+    with pytest.raises(ValueError, match=r"values in \[0, 1\], got .* to 25"):
+        restore(Image.fromarray(gray * 255), model=pipe)
+
+
+@pytest.mark.parametrize(
+    ("image", "options", "message"),
+    [
+        ([np.zeros((9, 9, 3), np.uint8)], {}, "expected the path of a file, .* got list"),
+        (b"a.png", {}, "expected the path of a file, .* got bytes"),
+        (np.zeros((9, 9, 3), np.uint8), {"seed": -1}, "seed: expected a whole number .* got -1"),
+        (np.zeros((9, 9, 3), np.uint8), {"seed": 1.5}, "seed: expected a whole number .* got 1.5"),
+        (np.zeros((9, 9, 3), np.uint8), {"seed": 2**63}, "seed: expected a whole number"),
+    ],
+)
+def test_what_cannot_be_restored_is_said_before_a_model_is_loaded(
+    image: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        restore(image, model="no model", **options)
 
 
 def test_models_stay_until_their_files_change(
