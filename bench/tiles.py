@@ -51,7 +51,7 @@ def measured(
     row: Row = {
         "rel_err": relative,
         "parity": relative <= TOLERANCE[dtype],
-        "tile": plan.tile,
+        "tile": [n * plan.factor for n in plan.tiling.size],
         "tiles": len(plan.tiling.corners),
         "tile_batch": plan.batch,
     }
@@ -76,7 +76,8 @@ def table(rows: Sequence[Row]) -> str:
         if first is None or "picture_p50_s" not in row:
             lines.append(f"{head} | no speed: {row.get('reason', 'differs')} | | | | {error} |")
             continue
-        each, tiles = row["seconds_per_megapixel"], f"{row['tiles']} of {row['tile']}²"
+        high, wide = row["tile"]
+        each, tiles = row["seconds_per_megapixel"], f"{row['tiles']} of {wide}×{high}"
         lines.append(
             f"{head} {tiles} | {row['picture_p50_s']:.2f} s | {each:.3f} s | {each / first:.2f} "
             f"| {row['peak_allocated_mb']:.0f} MB | {error} |"

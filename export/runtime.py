@@ -216,8 +216,10 @@ class ExportedPipeline:
         if not low <= size <= high:
             span = f"{low * factor} to {high * factor}"
             raise ValueError(f"tile: expected 0 or {span} pixels, got {tile}")
-        wanted = overlap // factor if tile else min(overlap // factor, size // 2)
-        return plan_tiles(plane, size, wanted, patch)
+        if tile:
+            return plan_tiles(plane, size, overlap // factor, patch)
+        least = min(max(low, settings["min_tokens"] * patch), size)
+        return plan_tiles(plane, size, min(overlap // factor, size // 2), patch, least)
 
 
 def euler_sigmas(scheduler: dict[str, float], steps: int) -> np.ndarray:

@@ -153,7 +153,7 @@ def make_plan(
 def _tiling(
     model: MiMDiTTransformer2DModel, plane: tuple[int, int], factor: int, tile: int, wish: Wish
 ) -> Tiling:
-    """Tiles of `tile` pixels of a latent plane."""
+    """Tiles of `tile` pixels of a latent plane; smaller ones where nobody asked for that size."""
     patch = model.config["patch_size"]
     largest, size = model.config["pos_embed_max_size"] * patch, tile // (factor * patch) * patch
     if not 0 < size <= largest:
@@ -162,7 +162,8 @@ def _tiling(
     # A chosen tile keeps the asked overlap only where it is smaller than the tile.
     overlap = wish.overlap // factor
     overlap = overlap if wish.tile == tile else min(overlap, size // 2)
-    return plan_tiles(plane, size, overlap, patch)
+    least = None if wish.tile else min(MIN_TOKENS * patch, size)
+    return plan_tiles(plane, size, overlap, patch, least)
 
 
 def _codec_tile(codec: Codec, free: int | None) -> int:

@@ -89,20 +89,33 @@ class _Band:
         return mean
 
 
-def plan_tiles(plane: tuple[int, int], tile: int, overlap: int, multiple: int) -> Tiling:
+def plan_tiles(
+    plane: tuple[int, int], tile: int, overlap: int, multiple: int, least: int | None = None
+) -> Tiling:
     """Evenly spread tiles of at most `tile`, overlapping by at least `overlap`, on a grid.
 
-    The grid has steps of `multiple`. Raises ValueError unless 0 ≤ overlap < tile and everything is
-    a multiple of `multiple`.
+    The grid has steps of `multiple`. least: tiles are as small as their number and the overlap let
+    them be, down to this side; by default `tile`, for tiles of one size whatever the plane's.
+    Raises ValueError unless 0 ≤ overlap < tile and everything is a multiple of `multiple`.
     """
     if not 0 <= overlap < tile:
         raise ValueError(f"tile_overlap: expected 0 to less than the tile ({tile}), got {overlap}")
     for name, value in (("tile", tile), ("height", plane[0]), ("width", plane[1])):
         if value % multiple or value <= 0:
             raise ValueError(f"{name}: expected a positive multiple of {multiple}, got {value}")
-    axes = [_starts(n, min(tile, n), overlap, multiple) for n in plane]
+    sides, axes = [], []
+    for length in plane:
+        # Steps of at least one multiple, however large the overlap.
+        count = -(-max(length - tile, 0) // max(tile - overlap, multiple)) + 1
+        side = min(tile, length)
+        if least is not None:
+            # So many tiles cover the length where count·side − (count − 1)·overlap reaches it.
+            cells = -(-(length + (count - 1) * overlap) // (count * multiple))
+            side = min(side, max(cells * multiple, least))
+        sides.append(side)
+        axes.append(_starts(length, side, count, multiple))
     corners = tuple((y, x) for y in axes[0] for x in axes[1])
-    return Tiling(plane, (min(tile, plane[0]), min(tile, plane[1])), corners)
+    return Tiling(plane, (sides[0], sides[1]), corners)
 
 
 # Parts of a codec's tile that neighbours share. Its mid-block attention and group norms see that
@@ -116,14 +129,11 @@ def codec_tiles(plane: tuple[int, int], side: int, factor: int) -> tuple[Tiling,
     return latents, latents.scaled(factor)
 
 
-def _starts(length: int, tile: int, overlap: int, multiple: int) -> list[int]:
-    free = length - tile
-    if free == 0:
+def _starts(length: int, tile: int, count: int, multiple: int) -> list[int]:
+    if count == 1:
         return [0]
     # Rounding to the grid may eat up to one multiple of the overlap.
-    stride = max(tile - overlap, multiple)
-    count = -(-free // stride) + 1
-    return [round(i * free / (count - 1) / multiple) * multiple for i in range(count)]
+    return [round(i * (length - tile) / (count - 1) / multiple) * multiple for i in range(count)]
 
 
 def gaussian_window(size: tuple[int, int]) -> Tensor:

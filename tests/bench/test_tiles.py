@@ -29,7 +29,7 @@ def test_a_size_that_fails_leaves_the_others(
         if side > 200:
             raise RuntimeError("too large")
         times = {"picture_p50_s": 1.0, "seconds_per_megapixel": 50.0, "peak_allocated_mb": 1.0}
-        return {"parity": True, "rel_err": 0.0, "tile": 128, "tiles": 4} | times
+        return {"parity": True, "rel_err": 0.0, "tile": [128, 96], "tiles": 4} | times
 
     monkeypatch.setattr(tiles, "measured", measured)
     command = ["--model", "debug", "--device", "cpu", "--precision", "fp32"]

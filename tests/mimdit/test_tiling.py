@@ -21,6 +21,24 @@ def test_identity_survives_and_tiles_overlap(plane: tuple[int, int]) -> None:
         assert all(s % 2 == 0 for s in starts)
 
 
+@pytest.mark.parametrize("length", [66, 70, 100, 112, 114, 128, 250, 500, 1000])
+def test_tiles_are_as_small_as_their_number_lets_them_be(length: int) -> None:
+    fixed, fitted = (plan_tiles((length, 64), 64, 16, 2, least) for least in (None, 32))
+    assert fixed.size == (64, 64) and fitted.size[1] == 64
+    assert len(fitted.corners) == len(fixed.corners)
+    side, starts = fitted.size[0], sorted(y for y, _ in fitted.corners)
+    assert 32 <= side <= 64 and starts[0] == 0 and starts[-1] + side == length
+    assert all(16 - 2 <= a + side - b for a, b in pairwise(starts))
+    # One step of the grid less, and they would not reach the end.
+    assert side == 32 or len(starts) * (side - 2) - (len(starts) - 1) * 16 < length
+
+
+def test_fitted_tiles_keep_their_least_side() -> None:
+    assert plan_tiles((66, 66), 64, 0, 2, 50).size == (50, 50)
+    assert plan_tiles((66, 66), 64, 0, 2, 64).size == (64, 64)
+    assert plan_tiles((20, 66), 64, 0, 2, 50).size == (20, 50)
+
+
 def test_one_tile_is_passed_through() -> None:
     x = torch.randn(1, 3, 32, 32)
     tiling = plan_tiles((32, 32), 64, 16, 2)
