@@ -65,6 +65,7 @@ class Settings:
     validation_steps: int = 0
     validation_size: int = 256
     validation_data: str | None = None
+    validation_dataset: str = "clean"
     latents: str | None = None
     latents_pairs: int = 10_000
 

@@ -86,7 +86,14 @@ RUN = (
     Flag("checkpoints-total-limit", "keep_checkpoints", int, "how many are kept; 0: all"),
     Flag("validation-steps", "validation_steps", int, "steps between validations; 0: none"),
     Flag("validation-size", "validation_size", int, "pixels a side"),
-    Flag("validation-data", "validation_data", str, "folder of clean pictures to validate with"),
+    Flag("validation-data", "validation_data", str, "folder of pictures to validate with"),
+    Flag(
+        "validation-dataset",
+        "validation_dataset",
+        str,
+        "its layout; clean: every damage is drawn on the first pictures",
+        tuple(LAYOUTS),
+    ),
     Flag("logging-steps", "log_steps", int, "steps between rows of log.jsonl"),
     Flag("report-to", "report_to", str, "besides log.jsonl", ("none", "tensorboard")),
     Flag("cache-latents", "latents", str, "folder to keep latents in, computed once"),
@@ -130,7 +137,11 @@ _SHAPED = (
     Flag("train-batch-size", "batch", int, "pictures of a process and pass, in every stage"),
     Flag("freeze-backbone", "freeze", bool, "train only the mixtures"),
 )
-_NEEDS = {"validation_data": "validation_steps", "cache_pairs": "cache_latents"}
+_NEEDS = {
+    "validation_data": "validation_steps",
+    "validation_dataset": "validation_data",
+    "cache_pairs": "cache_latents",
+}
 KEYS = {flag.key: flag for flag in (*RUN, *MODEL, *OPTIONS, *_SHAPED)}
 
 
