@@ -218,14 +218,17 @@ def move(unfinished: Path, folder: Path) -> None:
 
 
 @contextmanager
-def writing(unfinished: Path, folder: Path) -> Iterator[None]:
-    """OSError, one sentence, for all that fails inside; nothing half-written stays."""
+def writing(unfinished: Path, path: Path) -> Iterator[None]:
+    """Of a file or folder: OSError, in one sentence, for all that fails; no half of it stays."""
     try:
         yield
     # A full disk is another error to each of the libraries that write.
     except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise OSError(f"{folder} cannot be written: {first_line(error)}") from error
+        if unfinished.is_dir():
+            shutil.rmtree(unfinished, ignore_errors=True)
+        else:
+            unfinished.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written: {first_line(error)}") from error
 
 
 def _plain(model: MiMDiTTransformer2DModel) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from mimdit.codec import Codec, encode
 from training.batches import Pair, plainly
-from training.checkpoints import replace_text, sync
+from training.checkpoints import replace_text, sync, writing
 from training.config import Settings
 from training.datasets.pairs import pictures
 from training.parallel import Team
@@ -152,9 +152,10 @@ def cache_latents(
         }
         labels = json.dumps([[row["kinds"], row["name"]] for row in rows])
         unfinished = folder / f".{i}-{secrets.token_hex(4)}.unfinished"
-        save_file(tensors, unfinished, metadata={"labels": labels})
-        sync(unfinished)
-        unfinished.replace(_shard(folder, i))
+        with writing(unfinished, _shard(folder, i)):
+            save_file(tensors, unfinished, metadata={"labels": labels})
+            sync(unfinished)
+            unfinished.replace(_shard(folder, i))
         sync(folder)
     team.wait()
     return CachedLatents(folder, settings.latents_pairs, settings.seed)

@@ -9,6 +9,7 @@ did.
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,9 +70,11 @@ def start(model: Model, seed: int = 0) -> "MiMDiTPipeline":
 def run(settings: Settings, model: Model, resume: str | None = None) -> None:
     """Train, and save the averaged weights as a pipeline in `output`/model.
 
-    With resume "latest" a run without checkpoints starts anew. Errors as of `loop.train`.
+    With resume "latest" a run without checkpoints starts anew. Errors as of `loop.train`, and
+    ValueError while another run writes there.
     """
     from training import checkpoints
+    from training.lock import locked
     from training.loop import train
     from training.parallel import Team
     from training.validation import Validator
@@ -83,17 +86,18 @@ def run(settings: Settings, model: Model, resume: str | None = None) -> None:
         resume = None
     pipe = start(model, settings.seed)
     validator = Validator(pipe, settings) if settings.validation_steps else None
-    trained = train(pipe.transformer, pipe.vae, settings, resume, validator)
-    if team.main:
-        to_storage_(trained)
-        pipe.register_modules(transformer=trained)
-        folder = Path(settings.output) / "model"
-        # A folder of this name is always complete, as checkpoints are.
-        unfinished = folder.with_name(".unfinished-model")
-        with checkpoints.writing(unfinished, folder):
-            pipe.save_pretrained(unfinished)
-            checkpoints.move(unfinished, folder)
-        print(f"saved {folder}")
+    with locked(Path(settings.output)) if team.main else nullcontext():
+        trained = train(pipe.transformer, pipe.vae, settings, resume, validator)
+        if team.main:
+            to_storage_(trained)
+            pipe.register_modules(transformer=trained)
+            folder = Path(settings.output) / "model"
+            # A folder of this name is always complete, as checkpoints are.
+            unfinished = folder.with_name(".unfinished-model")
+            with checkpoints.writing(unfinished, folder):
+                pipe.save_pretrained(unfinished)
+                checkpoints.move(unfinished, folder)
+            print(f"saved {folder}")
     team.wait()
     team.close()
 
@@ -107,7 +111,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {first_line(error)}", file=sys.stderr)
         return 2
     import torch
-    from safetensors import SafetensorError
 
     from training.interrupt import Stopped
 
@@ -116,8 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
             print(stopped)
-    # Latents that do not fit on the disk end in an error of safetensors.
-    except (ValueError, OSError, SafetensorError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {first_line(error)}", file=sys.stderr)
         return 1
     except ImportError as error:

@@ -1,6 +1,8 @@
 """Going on from checkpoints: what is taken over, noted, made up for, and never written."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from mimdit.presets import build, pixel_codec
 from tests.training.short_runs import quick, settings
 from training import checkpoints
 from training.loop import train
+from training.train import main
 from training.validation import Validator
 
 
@@ -127,3 +130,26 @@ def test_weights_that_are_not_finite_are_no_checkpoint(
     with pytest.raises(ValueError, match=r"weights: expected finite numbers, .* step 2;"):
         train(build("debug"), pixel_codec(), quick(tmp_path, 2), resume="latest")
     assert [p.name for p in checkpoints.found(tmp_path)] == ["checkpoint-1"]
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if sys.platform == "win32":
+        pytest.skip("no locks of this kind")
+    hold = (
+        "import sys, time\nfrom pathlib import Path\nfrom training.lock import locked\n"
+        "with locked(Path(sys.argv[1])):\n    print('in', flush=True)\n    time.sleep(600)\n"
+    )
+    command = [sys.executable, "-c", hold, str(tmp_path / "run")]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    run = ["--preset", "debug", "--output", str(tmp_path / "run"), "--max-train-steps", "1"]
+    run += ["--resolution", "64", "--train-batch-size", "1", "--mixed-precision", "no"]
+    try:
+        assert other.stdout is not None and other.stdout.readline() == "in\n"
+        assert main(run) == 1
+        assert f"error: output: {tmp_path}/run is in use by another run" in capsys.readouterr().err
+        assert not (tmp_path / "run/settings.json").exists()
+    finally:
+        other.kill()
+        other.wait()
+        other.stdout.close()
+    assert main(run) == 0 and (tmp_path / "run/model").is_dir()
