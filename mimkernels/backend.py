@@ -5,6 +5,7 @@ MIMKERNELS_BACKEND (read at import), else "auto".
 """
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -17,31 +18,53 @@ BACKENDS = ("auto", "triton", "torch")
 # The oldest GPUs with bfloat16 matrix instructions.
 _MINIMUM = (8, 0)
 _default = os.environ.get("MIMKERNELS_BACKEND", "auto")
-# While launches are only noted down, tensors without data will do.
-_noting = False
+
+
+class _Choice:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+# Of all `use_backend` that are open, the last one entered decides.
+_choices: list[_Choice] = []
+
+
+class _Noting(threading.local):
+    """While a thread only notes launches down, tensors without data will do."""
+
+    on = False
+
+
+_noting = _Noting()
 
 
 @contextmanager
 def noting_launches() -> Iterator[None]:
-    """Inside, every op goes the way to its kernel, whatever the device of its tensors."""
-    global _noting
-    before, _noting = _noting, True
+    """Inside, every op of this thread goes the way to its kernel, whatever its tensors' device.
+
+    Not for compiled functions.
+    """
+    before, _noting.on = _noting.on, True
     try:
         yield
     finally:
-        _noting = before
+        _noting.on = before
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Ops called inside, without a `backend` argument, take this one."""
-    global _default
+    """Ops called inside, without a `backend` argument, take this one.
+
+    In all threads, as gradients that recompute run in torch's own; threads may leave in any order.
+    """
     _check("backend", name)
-    before, _default = _default, name
+    choice = _Choice(name)
+    _choices.append(choice)
     try:
         yield
     finally:
-        _default = before
+        # Not the last one, which may be another thread's.
+        _choices.remove(choice)
 
 
 def runs_triton(backend: str | None, x: Tensor, lack: str | None = None) -> bool:
@@ -50,12 +73,15 @@ def runs_triton(backend: str | None, x: Tensor, lack: str | None = None) -> bool
     "auto" falls back to torch; "triton" raises ValueError with the reason where it cannot run.
     lack: why the op has no kernel for this call, whatever the device, or None.
     """
-    chosen = _default if backend is None else backend
+    # A copy: other threads may leave meanwhile.
+    last = _choices[-1:]
+    chosen = backend if backend is not None else last[0].name if last else _default
     # Of defaults only the environment's is unchecked.
     _check("MIMKERNELS_BACKEND" if backend is None else "backend", chosen)
     if chosen == "torch":
         return False
-    if _noting and lack is None:
+    # Compilers follow no values of threads.
+    if not torch.compiler.is_compiling() and _noting.on and lack is None:
         return True
     reason = lack or _obstacle(x.device.type, x.device.index or 0, x.dtype)
     if chosen == "triton" and reason:
@@ -75,13 +101,19 @@ def _obstacle(device: str, index: int, dtype: torch.dtype) -> str | None:
     """Why no kernel can run on tensors of this device and type, or None."""
     if not _triton_installed():
         return "triton is not installed"
+    if device == "cpu" and not interpreting():
+        return "the tensors are on the CPU"
     if device == "cpu":
-        return None if interpreting() else "the tensors are on the CPU"
+        # It would not raise, but return garbage.
+        return "Triton's interpreter has no bfloat16" if dtype == torch.bfloat16 else None
     if device != "cuda":
         return f"there are no kernels for {device}"
     if dtype == torch.float64:
         return "there are no float64 kernels for GPUs"
     found = _capability(index)
+    if found is None:
+        # Tensors without data, as of FakeTensorMode.
+        return "there is no GPU"
     if torch.version.hip is None and found < _MINIMUM:
         return f"compute capability 8.0 is needed, this GPU has {found[0]}.{found[1]}"
     return None
@@ -93,8 +125,8 @@ def _triton_installed() -> bool:
 
 
 @cache
-def _capability(device: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+def _capability(device: int) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
 
 
 def _check(source: str, name: str) -> None:

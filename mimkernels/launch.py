@@ -1,5 +1,6 @@
 """How kernels are launched, or recorded instead of launched."""
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,7 +22,13 @@ class Launch:
     options: dict[str, Any]
 
 
-_recorded: list[Launch] | None = None
+class _Recording(threading.local):
+    """Each thread's own: other threads' kernels run on."""
+
+    launches: list[Launch] | None = None
+
+
+_recording = _Recording()
 # Programs along the second and the third axis of a grid: CUDA takes no more.
 _MOST = 65_535
 
@@ -37,8 +44,8 @@ def launch(kernel: Any, grid: Sequence[int], *arguments: Any, **options: Any) ->
             f"batch: expected at most {_MOST} pictures (times slots or layers) in one call, "
             f"got a grid of {list(grid)}"
         )
-    if _recorded is not None:
-        _recorded.append(Launch(kernel, tuple(grid), arguments, options))
+    if _recording.launches is not None:
+        _recording.launches.append(Launch(kernel, tuple(grid), arguments, options))
         return
     device = next(x.device for x in arguments if isinstance(x, torch.Tensor))
     # Triton launches on the current GPU, whichever holds the tensors.
@@ -49,13 +56,13 @@ def launch(kernel: Any, grid: Sequence[int], *arguments: Any, **options: Any) ->
 
 @contextmanager
 def record() -> Iterator[list[Launch]]:
-    """Collect launches without running them; tensors need no data (device "meta")."""
-    global _recorded
-    before, _recorded = _recorded, []
+    """Collect this thread's launches without running them; tensors need no data ("meta")."""
+    made: list[Launch] = []
+    before, _recording.launches = _recording.launches, made
     try:
-        yield _recorded
+        yield made
     finally:
-        _recorded = before
+        _recording.launches = before
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:

@@ -4,6 +4,7 @@ Heuristics; measured entries for single devices can replace them. An architectur
 like, or "gfx942".
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,24 +63,29 @@ def matrix_tile(
     return Tile(m, n, inner, warps, stages)
 
 
-_target: str | None = None
+class _Target(threading.local):
+    """The architecture that a thread asks for, or None: that of its tensors."""
+
+    name: str | None = None
+
+
+_target = _Target()
 
 
 @contextmanager
 def tiles_for(name: str) -> Iterator[None]:
-    """Inside, tiles are those of this architecture, whatever the tensors' device."""
-    global _target
-    before, _target = _target, name
+    """Inside, this thread's tiles are those of one architecture, whatever the tensors' device."""
+    before, _target.name = _target.name, name
     try:
         yield
     finally:
-        _target = before
+        _target.name = before
 
 
 def architecture(device: torch.device) -> str:
     """Of a device's GPU; in the interpreter, on the CPU, that of a common one."""
-    if _target is not None:
-        return _target
+    if _target.name is not None:
+        return _target.name
     return "sm_80" if device.type == "cpu" else _of_gpu(device.index or 0)
 
 

@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mimkernels.autocast import autocast
 from mimkernels.backend import runs_triton
 from mimkernels.channel_attention.reference import channel_attention_reference
 from mimkernels.checks import check_device, check_float, check_index, check_like, check_shape
+from mimkernels.gradients import kernel_backward
 from mimkernels.registry import kernel_op
 
 # The widest head whose c×c matrices fit into registers.
@@ -117,7 +117,7 @@ class _ChannelAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @kernel_backward
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:

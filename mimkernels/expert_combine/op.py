@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mimkernels.autocast import autocast
 from mimkernels.backend import runs_triton
 from mimkernels.checks import check_device, check_float, check_index, check_like, check_shape
 from mimkernels.expert_combine.reference import expert_combine_reference
+from mimkernels.gradients import kernel_backward
 from mimkernels.registry import kernel_op
 
 Tensors = Tensor | Sequence[Tensor]
@@ -113,7 +113,7 @@ class _ExpertCombine(torch.autograd.Function):
         return _forward(x, weight, index, gate, bias, residual)
 
     @staticmethod
-    @once_differentiable
+    @kernel_backward
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:

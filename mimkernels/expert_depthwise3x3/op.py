@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mimkernels.autocast import autocast
 from mimkernels.backend import runs_triton
 from mimkernels.checks import check_device, check_float, check_index, check_like, check_shape
 from mimkernels.expert_depthwise3x3.reference import expert_depthwise3x3_reference
+from mimkernels.gradients import kernel_backward
 from mimkernels.registry import kernel_op
 
 
@@ -52,7 +52,7 @@ class _ExpertDepthwise(torch.autograd.Function):
         return _forward(x, weight, index, False)
 
     @staticmethod
-    @once_differentiable
+    @kernel_backward
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:

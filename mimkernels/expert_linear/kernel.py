@@ -199,10 +199,12 @@ def backward_weight(
     slots, inner = index.shape[1], x.shape[-1]
     dweight = x.new_empty(experts, columns, inner)
     dbias = x.new_empty(experts if with_bias else 0, columns)
-    if dweight.numel() == 0:
-        return dweight, dbias.zero_()
+    if dweight.numel() + dbias.numel() == 0:
+        return dweight, dbias
     tile = tile_of(x, columns, inner)
-    grid = (triton.cdiv(inner, tile.columns), triton.cdiv(columns, tile.rows), experts)
+    # Inputs without channels leave the biases.
+    tiles = max(1, triton.cdiv(inner, tile.columns))
+    grid = (tiles, triton.cdiv(columns, tile.rows), experts)
     launch(
         weight_kernel,
         grid,

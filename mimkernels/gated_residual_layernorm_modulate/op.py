@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mimkernels.backend import runs_triton
 from mimkernels.checks import check_device, check_float, check_shape
 from mimkernels.gated_residual_layernorm_modulate.reference import (
     gated_residual_layernorm_modulate_reference,
 )
+from mimkernels.gradients import kernel_backward
 from mimkernels.layernorm_modulate.op import (
     check_both,
     check_rows,
@@ -91,7 +91,7 @@ class _GatedResidual(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @kernel_backward
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad: Tensor
     ) -> tuple[Tensor | None, ...]:

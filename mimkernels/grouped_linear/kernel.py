@@ -270,12 +270,14 @@ def backward_weight(
     experts, columns, inner = len(offsets), grad.shape[1], x.shape[1]
     dweight = x.new_empty(experts, columns, inner)
     dbias = x.new_empty(experts if with_bias else 0, columns)
-    if dweight.numel() == 0:
-        return dweight, dbias.zero_()
+    if dweight.numel() + dbias.numel() == 0:
+        return dweight, dbias
     tile = matrix_tile(architecture(x.device), x.element_size(), columns, inner)
+    # Inputs without channels leave the biases.
+    tiles = max(1, triton.cdiv(inner, tile.columns))
     launch(
         weight_kernel,
-        (triton.cdiv(inner, tile.columns), triton.cdiv(columns, tile.rows), experts),
+        (tiles, triton.cdiv(columns, tile.rows), experts),
         x,
         grad,
         gate.contiguous() if gate is not None else x,

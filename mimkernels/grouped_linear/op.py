@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mimkernels.autocast import autocast
 from mimkernels.backend import runs_triton
@@ -15,6 +14,7 @@ from mimkernels.checks import (
     check_places,
     check_shape,
 )
+from mimkernels.gradients import kernel_backward
 from mimkernels.grouped_linear.reference import grouped_linear_reference
 from mimkernels.registry import kernel_op
 from mimkernels.topk_route import Route
@@ -99,7 +99,7 @@ class _GroupedLinear(torch.autograd.Function):
         return _sum_slots(out, slots) if combine else out
 
     @staticmethod
-    @once_differentiable
+    @kernel_backward
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:

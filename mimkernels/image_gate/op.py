@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mimkernels.backend import runs_triton
 from mimkernels.checks import check_device, check_float, check_shape
+from mimkernels.gradients import kernel_backward
 from mimkernels.image_gate.reference import image_gate_reference
 from mimkernels.registry import kernel_op
 
@@ -38,12 +38,15 @@ def image_gate(
         descending order, equal weights by ascending index; with L in front for layers.
 
     Raises:
-        ValueError: shapes, types, devices or strides that do not fit, no tokens, or k not in 1…E.
+        ValueError: shapes, types, devices or strides that do not fit, no tokens or groups, or k not
+            in 1…E.
     """
     layered = x.ndim == 4
     if x.ndim not in (3, 4) or x.shape[-2] == 0:
         raise ValueError(f"x: expected [B,T,C] or [L,B,T,C] with tokens, got {list(x.shape)}")
     check_float("x", x)
+    if groups < 1:
+        raise ValueError(f"groups: expected 1 or more, got {groups}")
     front = x.shape[:1] if layered else ()
     routers = groups + groups * experts
     check_shape("weight", weight, (*front, routers, x.shape[-1]))
@@ -86,7 +89,7 @@ class _ImageGate(torch.autograd.Function):
         return inter, intra, index
 
     @staticmethod
-    @once_differentiable
+    @kernel_backward
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, dinter: Tensor, dintra: Tensor, _: Tensor
     ) -> tuple[Tensor | None, ...]:

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mimkernels.backend import runs_triton
 from mimkernels.checks import check_device, check_float, check_like, check_shape
+from mimkernels.gradients import kernel_backward
 from mimkernels.joint_qkv.reference import joint_qkv_reference, stream_reference
 from mimkernels.registry import kernel_op
 
@@ -176,7 +176,7 @@ class _JointQKV(torch.autograd.Function):
         return _forward(*streams, heads, width, eps)
 
     @staticmethod
-    @once_differentiable
+    @kernel_backward
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor
     ) -> tuple[Tensor | None, ...]:

@@ -5,10 +5,10 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mimkernels.backend import runs_triton
 from mimkernels.checks import check_device, check_float, check_like, check_shape
+from mimkernels.gradients import kernel_backward
 from mimkernels.layernorm_modulate.reference import layernorm_modulate_reference
 from mimkernels.registry import kernel_op
 
@@ -125,7 +125,7 @@ class _LayerNormModulate(torch.autograd.Function):
         return tuple(_forward(x, shift, scale, eps))
 
     @staticmethod
-    @once_differentiable
+    @kernel_backward
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad: Tensor
     ) -> tuple[Tensor | None, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mimkernels.autocast import changes
 from mimkernels.channel_attention.op import MAX_HEAD as MAX_CHANNEL_HEAD
 from mimkernels.nn.layers import (
     ACTIVATIONS,
@@ -159,8 +160,9 @@ def _is_squeeze_excite(layer: Any) -> bool:
 
 
 def _squeeze_excite(layer: Any, x: Tensor) -> Tensor:
-    # Other layouts would be copied first, which costs more than the op saves.
-    if not x.is_contiguous(memory_format=torch.channels_last):
+    # Other layouts would be copied first, which costs more than the op saves; and what the layer
+    # scales keeps its type under autocast, which the op casts.
+    if changes(x) or not x.is_contiguous(memory_format=torch.channels_last):
         return layer._accelerated_from.forward(layer, x)
     return squeeze_excite_pictures(layer, x)
 

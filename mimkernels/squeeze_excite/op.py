@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mimkernels.autocast import autocast
 from mimkernels.backend import runs_triton
 from mimkernels.checks import check_device, check_float, check_index, check_like, check_shape
+from mimkernels.gradients import kernel_backward
 from mimkernels.registry import kernel_op
 from mimkernels.squeeze_excite.reference import ACTIVATIONS, GATES, squeeze_excite_reference
 
@@ -114,7 +114,7 @@ class _SqueezeExcite(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @kernel_backward
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:

@@ -4,10 +4,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mimkernels.backend import runs_triton
 from mimkernels.checks import check_float
+from mimkernels.gradients import kernel_backward
 from mimkernels.registry import kernel_op
 from mimkernels.topk_route.reference import NORMS, topk_route_reference
 
@@ -72,7 +72,7 @@ class _TopkRoute(torch.autograd.Function):
         return weights, *places
 
     @staticmethod
-    @once_differentiable
+    @kernel_backward
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, dweights: Tensor, *_: Tensor
     ) -> tuple[Tensor | None, ...]:

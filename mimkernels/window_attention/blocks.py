@@ -112,7 +112,7 @@ def load_table(p_table, stride_tr, WINDOW: tl.constexpr, OFFSETS: tl.constexpr):
     """A head's biases, one for each offset, [OFFSETS]."""
     o_r = tl.arange(0, OFFSETS)
     mask = o_r < (2 * WINDOW - 1) * (2 * WINDOW - 1)
-    return tl.load(p_table + o_r * stride_tr, mask=mask, other=0.0)
+    return tl.load(p_table + o_r.to(tl.int64) * stride_tr, mask=mask, other=0.0)
 
 
 @triton.jit

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mimkernels.autocast import autocast
 from mimkernels.backend import runs_triton
 from mimkernels.checks import check_device, check_float, check_index, check_like, check_shape
+from mimkernels.gradients import kernel_backward
 from mimkernels.registry import kernel_op
 from mimkernels.window_attention.reference import window_attention_reference
 
@@ -139,7 +139,7 @@ class _WindowAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @kernel_backward
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:

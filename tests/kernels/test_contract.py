@@ -91,3 +91,32 @@ def test_gradients_of_a_sum(name: str) -> None:
     ones = [x.new_ones(()).expand(x.shape) for x in ends]
     expanded = torch.autograd.grad(ends, wanted, ones, **options)
     assert all(torch.equal(a, b) for a, b in zip(expanded, dense, strict=True))
+
+
+@interpreted
+@quick_names
+def test_gradients_of_gradients_are_refused(name: str) -> None:
+    """Also of a sum's gradient, a constant, as gradient penalties take it."""
+    op, arguments = drawn(name)
+    leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in arguments]
+    wanted = [x for x in leaves if x.requires_grad]
+    total = torch.stack([x.sum() for x in tensors(op(*leaves)) if x.requires_grad]).sum()
+    grads = torch.autograd.grad(total, wanted, create_graph=True, allow_unused=True)
+    penalty = torch.stack([g.square().sum() for g in grads if g is not None]).sum()
+    with pytest.raises(RuntimeError, match="expected 'torch' for gradients of gradients"):
+        torch.autograd.grad(penalty, wanted, allow_unused=True)
+
+
+@interpreted
+@quick_names
+def test_gradients_inside_autocast_are_those_outside(name: str) -> None:
+    op, arguments = drawn(name)
+    leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in arguments]
+    wanted = [x for x in leaves if x.requires_grad]
+    with torch.autocast("cpu", torch.float16):
+        ends = [x for x in tensors(op(*leaves)) if x.requires_grad]
+        grads = [x.detach() + 1 for x in ends]
+        options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        inside = torch.autograd.grad(ends, wanted, grads, **options)
+    outside = torch.autograd.grad(ends, wanted, grads, **options)
+    assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))

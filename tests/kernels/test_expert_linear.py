@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from mimkernels import expert_linear, use_backend
 from mimkernels.expert_linear import expert_linear_reference
@@ -179,6 +180,23 @@ def test_choice_of_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mimkernels.backend._default", "cuda")
     with pytest.raises(ValueError, match=r"^MIMKERNELS_BACKEND: expected one of auto, triton"):
         expert_linear(x, weight, index)
+    with pytest.raises(ValueError, match="cannot run here, Triton's interpreter has no bfloat16"):
+        triton_op(x.bfloat16(), weight.bfloat16(), index)
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(ValueError, match="cannot run here, the tensors are on the CPU"):
         triton_op(x, weight, index)
+
+
+@interpreted
+def test_tensors_of_a_gpu_that_is_not_there() -> None:
+    with FakeTensorMode():
+        x, weight = torch.empty(2, 3, 4, device="cuda"), torch.empty(3, 5, 4, device="cuda")
+        index = torch.zeros(2, 1, dtype=torch.int32, device="cuda")
+        assert expert_linear(x, weight, index).shape == (2, 1, 3, 5)
+        with pytest.raises(ValueError, match="cannot run here, there is no GPU"):
+            triton_op(x, weight, index)
+
+
+def test_inputs_without_channels_leave_the_bias() -> None:
+    x, weight, index, bias = inputs()
+    compare(triton_op, expert_linear_reference, [x[..., :0], weight[..., :0], index, bias])

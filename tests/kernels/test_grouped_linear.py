@@ -42,11 +42,11 @@ def inputs(
     """x, weight, bias, and the gate, which stays wide."""
     g = torch.Generator().manual_seed(seed)
     tokens, k = route.experts.shape
-    experts = len(route.counts)
+    experts, scale = len(route.counts), max(inner, 1) ** -0.5
     wide = torch.promote_types(dtype, torch.float32)
     return [
         torch.randn(tokens if gather else tokens * k, inner, generator=g).to(DEVICE, dtype),
-        (torch.randn(experts, columns, inner, generator=g) * inner**-0.5).to(DEVICE, dtype),
+        (torch.randn(experts, columns, inner, generator=g) * scale).to(DEVICE, dtype),
         torch.randn(experts, columns, generator=g).to(DEVICE, dtype),
         route.weights.to(wide),
     ]
@@ -78,6 +78,11 @@ def test_forward_and_gradients(
 ) -> None:
     with poisoned_memory(monkeypatch):
         compare_use(route_of(37, 4, 2), gather, combine, dtype=dtype)
+
+
+@pytest.mark.parametrize(("gather", "combine"), USES, ids=ids)
+def test_inputs_without_channels_leave_the_bias(gather: bool, combine: bool) -> None:
+    compare_use(route_of(19, 4, 2), gather, combine, inner=0)
 
 
 @interpreted

@@ -183,6 +183,8 @@ def test_bad_arguments() -> None:
     options = {"groups": 4, "experts": 4, "k": 2}
     with pytest.raises(ValueError, match="k: expected 1 to 4"):
         image_gate(x, weight, bias, groups=4, experts=4, k=5)
+    with pytest.raises(ValueError, match="groups: expected 1 or more, got -1"):
+        image_gate(x, weight, bias, groups=-1, experts=4, k=2)
     with pytest.raises(ValueError, match="weight: expected shape"):
         image_gate(x, weight[:, 1:], bias, **options)
     with pytest.raises(ValueError, match="with tokens"):

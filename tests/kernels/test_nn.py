@@ -472,6 +472,20 @@ def test_autocast_and_compile() -> None:
         assert_same([compiled(x)], [wanted])
 
 
+def test_squeeze_and_excitation_keeps_the_type_of_pictures_under_autocast(
+    calls: Counter[str],
+) -> None:
+    own = pytest.importorskip("torchvision.ops").SqueezeExcitation(8, 4).to(DEVICE)
+    fast = copy.deepcopy(own)
+    accelerate(fast)
+    x = drawn(2, 8, 5, 6, layout=torch.channels_last)
+    calls.clear()
+    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
+        assert torch.equal(fast(x), own(x)) and not calls
+        fast(x.bfloat16())
+    assert calls == {"squeeze_excite": 1}
+
+
 def left(module: nn.Module) -> list[str]:
     """The reasons, of a module that stays as it is."""
     kinds = [type(m) for m in module.modules()]

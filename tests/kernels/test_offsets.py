@@ -4,11 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from mimkernels import expert_linear
 from tests.kernels.calls import NAMES, calls, tensors
 from tests.kernels.common import interpreted
 
-# The interpreter takes these long.
-LONG = ("window_attention", "channel_attention")
 REACH = 2**31
 
 
@@ -34,9 +33,7 @@ def spread(x: Tensor, space: Tensor, place: int) -> Tensor:
 
 
 @interpreted
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in NAMES]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_rows_far_apart_give_the_same_bits(name: str, space: Tensor) -> None:
     torch.manual_seed(0)
     op, dense = calls("cpu")[name]
@@ -52,3 +49,16 @@ def test_rows_far_apart_give_the_same_bits(name: str, space: Tensor) -> None:
         grads = torch.autograd.grad(ends, wanted, [x.detach() for x in ends], allow_unused=True)
         results.append([*out, *(g for g in grads if g is not None)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@interpreted
+def test_steps_along_rows_far_apart_give_the_same_bits(space: Tensor) -> None:
+    """dx steps along the rows of a weight, 16 at a time: one step is 2³¹ elements."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, 3, 4, requires_grad=True), torch.randn(1, 17, 4)
+    index = torch.zeros(1, 1, dtype=torch.int32)
+    grads = []
+    for w in (weight, spread(weight, space, 0)):
+        out = expert_linear(x, w, index, backend="triton")
+        grads += torch.autograd.grad(out, x, torch.ones_like(out))
+    assert torch.equal(*grads)
