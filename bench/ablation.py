@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import machine, measure
-from bench.arguments import parser
-from bench.inputs import make_inputs
+from bench.arguments import at_least, loading, multiples, parser
+from bench.inputs import make_inputs, unit_of
 from bench.latency import TOLERANCE
 from bench.latency_times import failed, percentiles
 from bench.rows import Row, RowFile
@@ -238,9 +238,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     enough = "after which only three runs of each variant are taken (default: no limit)"
     p.add_argument("--seconds", type=float, default=math.inf, help=enough)
     args = p.parse_args(argv)
-    with torch.device(args.device):
+    at_least(p, args, steps=1, runs=1, warmup=0)
+    with loading(p, args), torch.device(args.device):
         model = build(args.model, PRECISIONS[args.precision], pooled_condition=False)
     model = model.randomize_(0).requires_grad_(False).eval()
+    multiples(p, args, "size", unit_of(assemble(model)))
     sizes = (args.size, args.steps, args.runs, args.warmup)
     rows, left = run(model, args.model, *sizes, args.seconds, RowFile(args.out).write)
     print("\n".join([*left, table(rows), f"rows in {args.out}"]))

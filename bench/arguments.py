@@ -1,9 +1,12 @@
 """What the commands that measure a model have in common."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
+
+from mimdit.errors import first_line
 
 
 def at_least(p: argparse.ArgumentParser, args: argparse.Namespace, **least: int) -> None:
@@ -14,6 +17,25 @@ def at_least(p: argparse.ArgumentParser, args: argparse.Namespace, **least: int)
         for value in given if isinstance(given, list) else [given]:
             if value is not None and value < low:
                 p.error(f"--{name}: expected at least {low}, got {value}")
+
+
+def multiples(
+    p: argparse.ArgumentParser, args: argparse.Namespace, name: str, unit: int, what: str = "pixels"
+) -> None:
+    """End the command where a flag's number, or one of its numbers, is no multiple of `unit`."""
+    given = getattr(args, name)
+    sizes = given if isinstance(given, list) else [given]
+    if wrong := [size for size in sizes if size < 1 or size % unit]:
+        p.error(f"--{name}: expected multiples of {unit} {what}, got {wrong}")
+
+
+@contextmanager
+def loading(p: argparse.ArgumentParser, args: argparse.Namespace) -> Iterator[None]:
+    """End the command where there is no such model, folder or device."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:
+        p.error(f"--model {args.model} --device {args.device}: {first_line(error)}")
 
 
 def parser(

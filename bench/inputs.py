@@ -83,10 +83,15 @@ def load(name: str, device: str, precision: str) -> MiMDiTPipeline:
     return pipe
 
 
+def unit_of(pipe: MiMDiTPipeline) -> int:
+    """Pixels along a token; sizes of pictures are multiples of it."""
+    return codec_factor(pipe.vae) * pipe.transformer.config["patch_size"]
+
+
 def make_inputs(pipe: MiMDiTPipeline, size: int, batch: int) -> Inputs:
     """Drawn scenes with noise, and half of the way of a sampling run."""
     model = pipe.transformer
-    unit = codec_factor(pipe.vae) * model.config["patch_size"]
+    unit = unit_of(pipe)
     if size < 1 or size % unit:
         raise ValueError(f"sizes: expected multiples of {unit} pixels, got {size}")
     device, rng = next(model.parameters()).device, np.random.default_rng(0)

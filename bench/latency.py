@@ -17,16 +17,14 @@ import torch
 from torch import Tensor
 
 from bench import machine, measure
-from bench.arguments import at_least, parser
-from bench.inputs import Inputs, load, make_inputs
+from bench.arguments import at_least, loading, multiples, parser
+from bench.inputs import Inputs, load, make_inputs, unit_of
 from bench.latency_tables import stages, table, thresholds
 from bench.latency_times import failed, time_variants
 from bench.plots import latency_plot
 from bench.rows import Row, RowFile
 from bench.variants import CACHED, MAKERS, Variant, variants_of
 from export.checks import GATES, relative_error
-from mimdit.codec import codec_factor
-from mimdit.errors import first_line
 from mimdit.loading import PRECISIONS
 from mimdit.pipeline import MiMDiTPipeline
 
@@ -183,14 +181,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     at_least(p, args, batch=1, steps=1, runs=1, warmup=0)
     names = [*names, *(f"{CACHED}={value:g}" for value in args.thresholds)]
-    try:
+    with loading(p, args):
         pipe = load(args.model, args.device, args.precision)
-    # No such model, folder or device.
-    except (ValueError, OSError, RuntimeError, AssertionError) as error:
-        p.error(f"--model {args.model} --device {args.device}: {first_line(error)}")
-    unit = codec_factor(pipe.vae) * pipe.transformer.config["patch_size"]
-    if wrong := [size for size in args.sizes if size < 1 or size % unit]:
-        p.error(f"--sizes: expected multiples of {unit} pixels, got {wrong}")
+    multiples(p, args, "sizes", unit_of(pipe))
     rows: list[Row] = []
     for size in args.sizes:
         found, reasons = run(

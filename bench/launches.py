@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.arguments import at_least, multiples
 from bench.variants import variants_of
 from mimdit.presets import PRESETS, build
 from mimdit.transformer import MiMDiTTransformer2DModel
@@ -103,6 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--size", type=int, default=64, help="of the latents (default 64)")
     p.add_argument("--batch", type=int, default=1)
     args = p.parse_args(argv)
+    at_least(p, args, batch=1)
+    multiples(p, args, "size", PRESETS[args.model]["patch_size"], "latents")
     with torch.device("meta"):
         model = build(args.model, torch.bfloat16).eval()
     names = ["reference", "reference-cached", "engine-no-graph", "backbone-eager"]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.arguments import at_least, multiples
 from mimdit.presets import PRESETS, build
 from mimdit.transformer import MiMDiTTransformer2DModel
 from mimkernels import (
@@ -214,8 +215,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     compiled = "compile the conditioning's kernels, too (a minute or two)"
     p.add_argument("--kernels", action="store_true", help=compiled)
     args = p.parse_args(argv)
-    if wrong := [size for size in args.sizes if size < 16 or size % 16]:
-        p.error(f"--sizes: expected multiples of 16, got {wrong}")
+    multiples(p, args, "sizes", 16)
+    at_least(p, args, steps=1)
     with torch.device("meta"):
         model = build(args.model, torch.bfloat16)
     print(table(model, args.model, args.sizes, args.steps))

@@ -214,6 +214,9 @@ _OF_DATASETS += ("tile", "tile_overlap")
 def _check_held_out(args: argparse.Namespace, p: argparse.ArgumentParser) -> None:
     """End the command where flags of data sets are given without one, or do not fit."""
     at_least(p, args, size=SSIM_WINDOW, seeds=1, steps=1)
+    kinds = {end for end, kind in Image.registered_extensions().items() if kind in Image.SAVE}
+    if args.picture is not None and args.picture.suffix.lower() not in kinds:
+        p.error(f"--picture: expected a kind of picture, such as .jpg, got {args.picture}")
     if args.data is not None:
         p.error("--data needs --dataset, such as --dataset folder")
     for name in _OF_DATASETS:

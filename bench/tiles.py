@@ -14,20 +14,19 @@ import torch
 from torch import Tensor
 
 from bench import machine, measure
-from bench.arguments import parser
-from bench.inputs import load
+from bench.arguments import at_least, loading, parser
+from bench.inputs import load, unit_of
 from bench.latency import TOLERANCE
 from bench.latency_times import failed, percentiles
 from bench.rows import Row, RowFile
 from export.checks import relative_error
-from mimdit.codec import codec_factor
 from mimdit.engine import accelerate
 from mimdit.pipeline import MiMDiTPipeline
 
 
 def side_of(pipe: MiMDiTPipeline, megapixels: float) -> int:
     """Pixels a side of a square picture, a whole number of tokens."""
-    unit = codec_factor(pipe.vae) * pipe.transformer.config["patch_size"]
+    unit = unit_of(pipe)
     return max(round(math.sqrt(megapixels * 1e6) / unit), 1) * unit
 
 
@@ -96,10 +95,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     enough = "after which only three runs of a size are taken (default: no limit)"
     p.add_argument("--seconds", type=float, default=math.inf, help=enough)
     args = p.parse_args(argv)
-    if min(args.megapixels) <= 0:
-        p.error(f"--megapixels: expected numbers above 0, got {min(args.megapixels):g}")
+    for value in args.megapixels:
+        # Written so that NaN fails.
+        if not 0 < value < math.inf:
+            p.error(f"--megapixels: expected numbers above 0, got {value:g}")
+    at_least(p, args, steps=1, runs=1, warmup=0)
     until, file = time.perf_counter() + args.seconds, RowFile(args.out)
-    pipe = load(args.model, args.device, args.precision)
+    with loading(p, args):
+        pipe = load(args.model, args.device, args.precision)
     pipe.set_progress_bar_config(disable=True)
     fixed = {"bench": "tiles", "model": args.model, "steps": args.steps, "batch": 1}
     fixed |= {"dtype": str(pipe.transformer.dtype).removeprefix("torch.")}

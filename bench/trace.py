@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from bench import machine, measure
-from bench.arguments import parser
-from bench.inputs import load, make_inputs
+from bench.arguments import at_least, loading, multiples, parser
+from bench.inputs import load, make_inputs, unit_of
 from bench.latency import TOLERANCE
 from bench.predict import predict, work_of
 from bench.rows import Row, RowFile
@@ -131,7 +131,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--runs", type=int, default=10 if gpu else 3, help="steps in the trace")
     p.add_argument("--warmup", type=int, default=5 if gpu else 1)
     args = p.parse_args(argv)
-    pipe = load(args.model, args.device, args.precision)
+    at_least(p, args, runs=1, warmup=0)
+    with loading(p, args):
+        pipe = load(args.model, args.device, args.precision)
+    multiples(p, args, "sizes", unit_of(pipe))
     parity = True
     for size in args.sizes:
         file = RowFile(args.out)

@@ -14,8 +14,13 @@ from mimdit.spectrum import reshape_spectrum
 PREDICTION_TYPES = ("velocity", "sample", "residual", "log_affine")
 
 
-def check_channels(prediction_type: str, latent: int, output: int) -> None:
-    """ValueError for an unknown type, or one that needs another number of output channels."""
+def check_prediction(prediction_type: str, damage_std: float, latent: int, output: int) -> None:
+    """ValueError for an unknown type, one that needs another number of output channels, or a
+    deviation that none can have.
+    """
+    # Written so that NaN fails.
+    if not 0 < damage_std < math.inf:
+        raise ValueError(f"damage_std: expected a number above 0, got {damage_std}")
     if prediction_type not in PREDICTION_TYPES:
         expected = ", ".join(PREDICTION_TYPES)
         raise ValueError(f"prediction_type: expected {expected}, got {prediction_type!r}")

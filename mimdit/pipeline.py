@@ -201,6 +201,11 @@ class MiMDiTPipeline(
                 return callback_on_step_end(self, i, t, state).pop("latents", latents)
 
             places = grid_places(shifts, self._patch())
+            # Of each grid: a shifted one may need a row of tiles more.
+            passes = [
+                steps * self._plan((height + top, width + left), len(damaged), wish).passes
+                for top, left in places
+            ]
             for grid, (top, left) in enumerate(places):
                 plan = self._plan((height + top, width + left), len(damaged), wish)
                 moved = reflect_pad(damaged, height + top, width + left, top, left)
@@ -222,15 +227,16 @@ class MiMDiTPipeline(
                     if (side, batch) != (plan.tile, plan.batch):
                         plan = self._plan(plan.size, len(z_lq), wish, (side, batch))
                     # Passes are what moves on visibly in a large picture.
-                    passes = plan.passes * steps
-                    bar.total, bar.n = passes * shifts, passes * grid
+                    passes[grid] = plan.passes * steps
+                    bar.total, before = sum(passes), sum(passes[:grid])
+                    bar.n = before
                     bar.refresh()
-                    count = itertools.count(passes * grid + 1)
+                    count = itertools.count(before + 1)
 
                     def passed() -> None:
                         bar.update()
                         if progress is not None:
-                            progress(next(count), passes * shifts)
+                            progress(next(count), sum(passes))
 
                     denoiser = Denoiser(
                         self.transformer,
@@ -314,6 +320,7 @@ class MiMDiTPipeline(
             wish,
             self._fitting,
             reduced,
+            self._release,
         )
 
     def _release(self) -> None:

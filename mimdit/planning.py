@@ -1,5 +1,6 @@
 """What a picture will take, before it is started: tiles, passes and memory."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,12 +42,12 @@ class Wish:
 class PicturePlan:
     """Of `pictures` pictures of height × width pixels, restored together.
 
-    tiling: on the latent plane, of `factor` pixels a step. tile: pixels along a tile; least_tile:
-    of the smallest that is tried where memory runs out. batch: tiles a forward pass. device: where
-    the model runs. free: bytes it had left, if known. needed: an estimate of what a pass holds
-    there, without weights and codec. keep: bytes of conditions that may be kept there for later
-    steps. home: where whole latents lie. host: bytes of main memory for whole pictures and latents,
-    at most at once. codec_tile: pixels, 0 for none.
+    tiling: on the latent plane, of `factor` pixels a step. tile: pixels along a tile's longer side;
+    least_tile: of the smallest that is tried where memory runs out. batch: tiles a forward pass.
+    device: where the model runs. free: bytes it had left, if known. needed: an estimate of what a
+    pass holds there, without weights and codec. keep: bytes of conditions that may be kept there
+    for later steps. home: where whole latents lie. host: bytes of main memory for whole pictures
+    and latents, at most at once. codec_tile: pixels, 0 for none.
     """
 
     height: int
@@ -97,19 +98,21 @@ def make_plan(
     wish: Wish,
     fits: dict[Any, int],
     reduced: tuple[int, int] | None = None,
+    release: Callable[[], None] = lambda: None,
 ) -> PicturePlan:
     """The plan of pictures of `size` (height, width) pixels on a device.
 
     fits: what was found to fit before, by tile size; filled. reduced: tile and batch after memory
-    ran out. Raises ValueError for a tile that the model cannot have, or an overlap that is no
-    smaller.
+    ran out. release: gives back what an engine keeps of other sizes, before tiles get smaller.
+    Raises ValueError for a tile that the model cannot have, or an overlap that is no smaller.
     """
     factor, patch = codec_factor(codec), model.config["patch_size"]
     token = factor * patch
     plane = tuple(max(-(-n // token), MIN_TOKENS) * patch for n in size)
     free = free_memory(device)
     wanted = wish.batch
-    tile = wish.tile or model.config["sample_size"] * factor
+    trained = max(model.config["sample_size"] * factor, token)
+    tile = wish.tile or min(trained, model.config["pos_embed_max_size"] * token)
     if reduced is not None:
         tile, wanted = reduced
     least = min(tile, _LEAST_TILE * token)
@@ -118,6 +121,10 @@ def make_plan(
         key = (pictures, tiling.size, model.dtype)
         if key not in fits:
             fits[key] = fitting(model, pictures, tiling.size, free)
+            if fits[key] < 1:
+                release()
+                free = free_memory(device)
+                fits[key] = fitting(model, pictures, tiling.size, free)
         # Only a tile that nobody asked for is made smaller.
         if fits[key] >= 1 or wish.tile or wanted or tile // 2 < least:
             break
@@ -137,7 +144,7 @@ def make_plan(
         pictures,
         tiling,
         factor,
-        tile,
+        max(tiling.size) * factor,
         least,
         batch,
         device,
@@ -155,13 +162,18 @@ def _tiling(
 ) -> Tiling:
     """Tiles of `tile` pixels of a latent plane; smaller ones where nobody asked for that size."""
     patch = model.config["patch_size"]
-    largest, size = model.config["pos_embed_max_size"] * patch, tile // (factor * patch) * patch
+    largest = model.config["pos_embed_max_size"] * patch
+    size, asked = (n // (factor * patch) * patch for n in (tile, wish.tile))
     if not 0 < size <= largest:
         low, high = factor * patch, factor * largest
         raise ValueError(f"tile: expected 0 or {low} to {high} pixels, got {tile}")
     # A chosen tile keeps the asked overlap only where it is smaller than the tile.
     overlap = wish.overlap // factor
-    overlap = overlap if wish.tile == tile else min(overlap, size // 2)
+    if size != asked:
+        overlap = min(overlap, size // 2)
+    elif overlap >= size:
+        span = f"0 to less than the tile ({size * factor} pixels)"
+        raise ValueError(f"tile_overlap: expected {span}, got {wish.overlap}")
     least = None if wish.tile else min(MIN_TOKENS * patch, size)
     return plan_tiles(plane, size, overlap, patch, least)
 

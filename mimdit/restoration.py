@@ -225,7 +225,8 @@ def _luma(rgb: np.ndarray) -> np.ndarray:
 
 def _as_array(restored: np.ndarray, like: np.ndarray) -> np.ndarray:
     shaped = restored.reshape(like.shape)
-    if like.dtype in (np.uint8, np.uint16):
+    # In any byte order.
+    if like.dtype.kind == "u":
         return _whole(shaped, like.dtype)
     return shaped.astype(like.dtype if like.dtype.kind == "f" else np.float32)
 

@@ -100,7 +100,14 @@ def _velocities(
 def draw_noise(
     like: Tensor, generator: torch.Generator | list[torch.Generator] | None = None
 ) -> Tensor:
-    """Noise of a shape, drawn where the generator lives: the same wherever latents are kept."""
+    """Noise of a shape, drawn where the generator lives: the same wherever latents are kept.
+
+    Raises ValueError for a list that is not one generator, or one for each of the B pictures.
+    """
+    if isinstance(generator, list) and len(generator) not in (1, len(like)):
+        raise ValueError(
+            f"generator: expected one, or {len(like)} for as many pictures, got {len(generator)}"
+        )
     first = generator[0] if isinstance(generator, list) else generator
     device = like.device if first is None else first.device
     noise = randn_tensor(like.shape, generator=generator, device=device, dtype=like.dtype)

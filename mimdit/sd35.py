@@ -202,7 +202,12 @@ def _write_configs(file: Path, folder: Path) -> dict[str, Any]:
     try:
         with safe_open(file, "pt") as tensors:
             slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
-            types = {part.get_dtype() for part in slices.values()}
+            # Of text encoders in the file nothing is read.
+            types = {
+                part.get_dtype()
+                for name, part in slices.items()
+                if not name.startswith("text_encoders.")
+            }
             shapes = {
                 name.removeprefix("model.diffusion_model."): part.get_shape()
                 for name, part in slices.items()
@@ -233,6 +238,8 @@ def _write_configs(file: Path, folder: Path) -> dict[str, Any]:
         }
     except KeyError as error:
         raise ValueError(f"{file} is not an SD3.5 checkpoint: {error} is missing") from None
+    except (IndexError, ValueError):
+        raise ValueError(f"{file} is not an SD3.5 checkpoint: tensors of other shapes") from None
     for name, content in (("transformer", config), ("vae", _VAE)):
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(content))

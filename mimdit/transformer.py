@@ -95,7 +95,7 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
             dual_attention_layers=tuple(dual_attention_layers),
             qk_norm=qk_norm,
         )
-        flow.check_channels(prediction_type, in_channels, out_channels)
+        flow.check_prediction(prediction_type, damage_std, in_channels, out_channels)
         self.pos_embed.__class__ = ShiftablePatchEmbed
         self.mim = MiM(
             num_layers, self.inner_dim, mim_dim, groups, experts, top_k, inter, intra,

@@ -12,6 +12,12 @@ from mimdit.transformer import MiMDiTTransformer2DModel
 
 # Whose classes a folder may name; of any other package, naming it would run it.
 _LIBRARIES = ("mimdit.transformer", "mimdit.codec", "diffusers", "transformers")
+# What the class of a component that every pipeline has is called, or ends with.
+_NEEDED = {
+    "transformer": ("MiMDiTTransformer2DModel",),
+    "vae": ("PixelCodec", "AutoencoderKL"),
+    "scheduler": ("Scheduler",),
+}
 # Bytes of a header; safetensors itself reads no more.
 _HEADER = 100_000_000
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -31,6 +37,12 @@ def check_folder(folder: Path) -> None:
             raise ValueError(
                 f"model_index.json: {name}: expected a class of mimdit, diffusers or transformers, "
                 f"got {part}"
+            )
+    for name, kinds in _NEEDED.items():
+        part = index.get(name)
+        if not isinstance(part, list) or not str(part[1]).endswith(kinds):
+            raise ValueError(
+                f"model_index.json: {name}: expected a {' or '.join(kinds)}, got {part}"
             )
     if not isinstance(index.get("_class_name", ""), str):
         raise ValueError(

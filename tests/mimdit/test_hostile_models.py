@@ -116,11 +116,17 @@ def hostile() -> Iterator[tuple[str, Change]]:
         "prompts": ([], "empty", ["a"] * 9),
         "groups": ([], ["nonsense"] * 4),
         "prediction_type": ("nonsense", None),
+        "damage_std": (0, -0.4, float("nan"), float("inf"), "0.4", None),
     }.items():
         for i, value in enumerate(values):
             yield f"{name} {i}", json_of("transformer/config.json", **{name: value})
     for i, part in enumerate((["subprocess", "Popen"], ["os", "system"], ["diffusers"], ["", ""])):
         yield f"part {i}", json_of("model_index.json", vae=part)
+    for name in ("transformer", "vae", "scheduler"):
+        for i, part in enumerate(
+            (None, 5, [None, None], ["diffusers", "logging"], ["mimdit.codec", "codec_factor"])
+        ):
+            yield f"{name} without a class {i}", json_of("model_index.json", **{name: part})
     yield "class with a program", json_of("model_index.json", _class_name=["pipeline", "Evil"])
     yield "factor 0", json_of("vae/config.json", factor=0)
     yield "codec without a file", lambda folder: (folder / "vae" / "config.json").unlink()

@@ -162,6 +162,29 @@ def test_experts_of_a_tile_or_of_the_picture(pipe: MiMDiTPipeline) -> None:
     torch.testing.assert_close(inter[:, :1], one.routing.inter)
 
 
+@pytest.mark.parametrize("shifts", [1, 2, 4])
+def test_every_pass_is_one_step_of_the_progress(pipe: MiMDiTPipeline, shifts: int) -> None:
+    """On shifted grids a picture may need a row of tiles more."""
+    seen: list[tuple[int, int]] = []
+    pipe(picture(190, 100), 2, shifts, progress=lambda *passes: seen.append(passes))
+    assert [done for done, _ in seen] == [*range(1, len(seen) + 1)]
+    assert {total for _, total in seen} == {len(seen)}
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_generator_for_each_picture(pipe: MiMDiTPipeline, count: int) -> None:
+    both, generators = np.stack([picture(20, 30)] * 2), [seeded(i) for i in range(count)]
+    if count == 1:
+        one, same = (
+            pipe(both, 1, generator=g, output_type="np").images for g in (seeded(), generators)
+        )
+        assert np.array_equal(one, same)
+        return
+    message = f"generator: expected one, or 2 for as many pictures, got {count}"
+    with pytest.raises(ValueError, match=message):
+        pipe(both, 1, generator=generators)
+
+
 def test_named_experts_replace_the_routers(pipe: MiMDiTPipeline) -> None:
     x = picture(64, 64)
     plain = pipe(x, 1, generator=seeded(), output_type="np")

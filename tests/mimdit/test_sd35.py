@@ -174,6 +174,29 @@ def test_a_single_file_of_original_names(tmp_path: Path) -> None:
         from_sd35(tmp_path / "other.safetensors")
 
 
+def test_text_encoders_in_the_file_may_be_of_any_type(tmp_path: Path) -> None:
+    """As in published files: T5 in 8 bits, and whole numbers."""
+    theirs = backbone()
+    text = {
+        "text_encoders.t5xxl.transformer.shared.weight": torch.zeros(4, 4).to(torch.float8_e4m3fn),
+        "text_encoders.clip_l.transformer.text_model.embeddings.position_ids": torch.arange(4),
+    }
+    save_file(original_names(theirs) | text, tmp_path / "all.safetensors")
+    write_folder(tmp_path / "sd35")
+    own = quiet(tmp_path / "all.safetensors", vae=tmp_path / "sd35").transformer.state_dict()
+    assert all(torch.equal(own[k], tensor) for k, tensor in theirs.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "name", ["x_embedder.proj.weight", "context_embedder.weight", "pos_embed", "joint_blocks.a.b"]
+)
+def test_files_with_tensors_of_other_shapes(name: str, tmp_path: Path) -> None:
+    tensors = original_names(backbone()) | {f"model.diffusion_model.{name}": torch.zeros(3)}
+    save_file(tensors, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"other\.safetensors is not an SD3\.5 checkpoint"):
+        from_sd35(tmp_path / "other.safetensors")
+
+
 def test_wrong_and_incomplete_folders(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such folder"):
         from_sd35(tmp_path / "none")
