@@ -159,8 +159,8 @@ class MiMDiTPipeline(
             guidance_scale: other than 1 runs both prompts, which must differ.
             strength: 0 gives the damaged picture back, 1 the restored one, between them a blend.
             color_fix: "none", "adain" or "wavelet".
-            tile, tile_overlap: in pixels; 0 takes the size that the model was trained for, or a
-                smaller one where free memory does not hold it.
+            tile, tile_overlap: in pixels; 0 takes as few tiles of at most the trained size as cover
+                the picture, or smaller ones where free memory does not hold them.
             tile_batch: tiles a forward pass; None or 0 takes what free memory holds.
             routing: "picture" chooses the experts once, from the whole picture; "tile" for each
                 tile. The output's routing then lists the B pictures of every tile, tile by tile.
