@@ -3,7 +3,6 @@
 import re
 import time
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch.export import Dim
 from export.graphs import Graph
 from export.libraries import ExportError, library
 from export.limits import Limits
+from export.optimizer import optimize
 from mimdit.errors import first_line
 
 
@@ -126,31 +126,6 @@ def input_shapes(graph: Graph, limits: Limits) -> dict[str, list[int]]:
         name: [-1 if i in varying[name] else n for i, n in enumerate(x.shape)]
         for name, x in example.items()
     }
-
-
-def optimize(model: Any, outputs: Sequence[str]) -> None:
-    """What torch's exporter does, but weights stay whole and under their own names.
-
-    They can then be compared with the checkpoint one by one, and exchanged for others.
-    """
-    optimizer = library("onnxscript.optimizer")
-
-    def should_fold(node: Any) -> bool | None:
-        weights = (v is not None and v.is_initializer() and is_weight(v.name) for v in node.inputs)
-        return False if any(weights) else None
-
-    optimizer.optimize_ir(model, should_fold=should_fold)
-    library("onnxscript.rewriter.onnx_fusions").fuse(model)
-    # Outputs that are equal have been merged, and parted again under other names.
-    for i, value in enumerate(model.graph.outputs):
-        value.name = f"result_{i}"
-    for value, name in zip(model.graph.outputs, outputs, strict=True):
-        value.name = name
-
-
-def is_weight(name: str) -> bool:
-    """Whether an initializer is a tensor of the model, and no constant of the graph."""
-    return name.startswith(("model.", "codec."))
 
 
 def _tidy(model: Any, graph: Graph) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from export.checks import Check, relative_error
 from export.graphs import Graph
 from export.libraries import library
-from export.onnx_export import is_weight
+from export.optimizer import is_weight
 from export.sessions import Session
 from mimdit.transformer import MiMDiTTransformer2DModel
 

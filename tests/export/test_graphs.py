@@ -15,7 +15,8 @@ from export.graphs import Graph, graphs_of, traceable
 from export.libraries import ExportError
 from export.limits import Limits, graph_limits, tracing
 from export.locate import Locator
-from export.onnx_export import Written, optimize, translate
+from export.onnx_export import Written, translate
+from export.optimizer import optimize
 from export.parity import check_graphs
 from mimdit import mim
 from mimdit.loading import PRECISIONS
