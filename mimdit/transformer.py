@@ -20,6 +20,7 @@ from mimdit.attention import ImageAttnProcessor, KeyValueMiMProcessor, MiMJointA
 from mimdit.condition import Accelerator, Condition
 from mimdit.mim import MiM, Routing
 from mimdit.patch_embed import ShiftablePatchEmbed
+from mimkernels.autocast import no_autocast
 
 
 @contextmanager
@@ -320,7 +321,7 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
             joint_attention_kwargs,
         )
         # Autocast, where it is on, would round pictures to bfloat16.
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        with no_autocast(hidden_states.device.type):
             v = flow.to_velocity(kind, output.to(hidden_states.dtype), hidden_states, t, lq, std)
         return Transformer2DModelOutput(sample=v) if return_dict else (v,)
 

@@ -8,6 +8,8 @@ not q and k, and the projection multiplies A, not the tokens: P = W_o·blockdiag
 import torch
 from torch import Tensor
 
+from mimkernels.autocast import no_autocast
+
 EPS = 1e-12
 
 
@@ -28,7 +30,7 @@ def channel_attention_reference(
     wide = torch.promote_types(q.dtype, torch.float32)
     tau = temperature if index is None else temperature[index]
     # Sums over all tokens: autocast must not round them.
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q.device.type):
         q, k = (x.to(wide).unflatten(-1, (heads, -1)) for x in (q, k))  # [..,T,h,c]
         q_norm, k_norm = (
             torch.linalg.vector_norm(x, dim=-3).clamp_min(EPS) for x in (q, k)

@@ -8,6 +8,8 @@ top-k as in Shazeer et al., arXiv 1701.06538, without renormalisation unless ask
 import torch
 from torch import Tensor
 
+from mimkernels.autocast import no_autocast
+
 
 def image_gate_reference(
     x: Tensor,
@@ -35,7 +37,7 @@ def gate_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same from the mean tokens [L,B,C]."""
     # Picks are discrete: autocast must not round what they rest on.
-    with torch.autocast(mean.device.type, enabled=False):
+    with no_autocast(mean.device.type):
         logits = torch.einsum("lbc,lrc->lbr", mean, weight.to(mean.dtype))
     if bias is not None:
         logits = logits + bias.to(mean.dtype).unsqueeze(1)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mimkernels.autocast import no_autocast
+
 ACTIVATIONS = {"relu": F.relu, "silu": F.silu}
 # `F.hardsigmoid` takes 1/6 in float32 for the gradient, whatever the type.
 GATES = {"sigmoid": torch.sigmoid, "hardsigmoid": lambda z: F.relu6(z + 3) / 6}
@@ -34,7 +36,7 @@ def squeeze_excite_reference(
     act, squash = ACTIVATIONS[activation], GATES[gate]
     w1, b1, w2, b2 = (v.to(wide) if index is None else v[index].to(wide) for v in (w1, b1, w2, b2))
     # Sums over all tokens: autocast must not round them.
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device.type):
         mean = x.sum(1, dtype=wide) / max(x.shape[1], 1)
         if index is None:
             s = squash(F.linear(act(F.linear(mean, w1, b1)), w2, b2))
