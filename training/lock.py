@@ -15,7 +15,8 @@ def locked(folder: Path) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+    path = folder / ".lock"
+    with path.open("w") as file:
         try:
             # Of this process alone: its loaders, which may live on after a kill, do not inherit it.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -24,4 +25,7 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError:
             # File systems without locks cannot tell.
             pass
-        yield
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
