@@ -46,7 +46,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     g.add_argument("--overwrite", action="store_true", help="restore again what is there")
     g.add_argument("--score-damaged", action="store_true", help="score the damaged pictures, too")
     g.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
-    g.add_argument("-t", "--tile", type=int, default=0, help="pixels; 0: at most as trained (default)")
+    g.add_argument("-t", "--tile", type=int, default=0, help="pixels; 0: the model's (default)")
     g.add_argument("--tile-overlap", type=int, default=64, help="pixels (default 64)")
 
 
