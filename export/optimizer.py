@@ -1,8 +1,8 @@
 """What torch's exporter does to a graph after translating it, for graphs of any size.
 
 `onnxscript.optimizer.optimize_ir` with its default rules takes time in the square of the nodes: its
-rule of two slices that make a split is tried on every pair of a node and the graph. The conditioner
-of sd35-medium did not come through in a quarter of an hour.
+rule of two slices that make a split is tried on every pair of a node and the graph. Without it the
+conditioner of `tiny`, 1740 nodes, has 1742.
 """
 
 from collections.abc import Sequence
@@ -65,12 +65,9 @@ def optimize(model: Any, outputs: Sequence[str]) -> None:
     for _ in range(_ROUNDS):
         optimizer.fold_constants_ir(model, onnx_shape_inference=True, should_fold=should_fold)
         rules(model)
-        for tidy in (
-            "RemoveUnusedNodesPass",
-            "RemoveUnusedFunctionsPass",
-            "RemoveUnusedOpsetsPass",
-        ):
-            getattr(passes, tidy)()(model)
+        passes.RemoveUnusedNodesPass()(model)
+        passes.RemoveUnusedFunctionsPass()(model)
+        passes.RemoveUnusedOpsetsPass()(model)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     passes.LiftSubgraphInitializersToMainGraphPass()(model)
     passes.DeduplicateInitializersPass()(model)

@@ -24,8 +24,8 @@ from export.loop import Routing, denoiser, routing_of
 from export.manifest import verify
 from mimdit.color import color_fix
 from mimdit.inputs import Pictures, to_tensor
-from mimdit.options import callback_tensors, check_options, grid_places
-from mimdit.tiling import Tiling, codec_tiles, plan_tiles, reflect_pad
+from mimdit.options import callback_tensors, check_generators, check_options, grid_places
+from mimdit.tiling import Tiling, codec_tiles, pixel_tiles, reflect_pad
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 Callback = Callable[["ExportedPipeline", int, Tensor, dict[str, Any]], dict[str, Any]]
@@ -212,14 +212,9 @@ class ExportedPipeline:
         factor, patch = settings["factor"], settings["patch_size"]
         low, high = (side * patch for side in self.limits["side"])
         trained = max(low, min(settings["sample_size"], high))
-        size = tile // (factor * patch) * patch if tile else trained
-        if not low <= size <= high:
-            span = f"{low * factor} to {high * factor}"
-            raise ValueError(f"tile: expected 0 or {span} pixels, got {tile}")
-        if tile:
-            return plan_tiles(plane, size, overlap // factor, patch)
-        least = min(max(low, settings["min_tokens"] * patch), size)
-        return plan_tiles(plane, size, min(overlap // factor, size // 2), patch, least)
+        least = None if tile else max(low, settings["min_tokens"] * patch)
+        pixels = tile or trained * factor
+        return pixel_tiles(plane, pixels, overlap, factor, patch, (low, high), least)
 
 
 def euler_sigmas(scheduler: dict[str, float], steps: int) -> np.ndarray:
@@ -237,10 +232,7 @@ def euler_sigmas(scheduler: dict[str, float], steps: int) -> np.ndarray:
 def _noise(shape: torch.Size, generator: Generators) -> Tensor:
     """From one generator, or one for each picture, where they live: diffusers' `randn_tensor`."""
     each = [*generator] if isinstance(generator, Sequence) else [generator]
-    if len(each) not in (1, shape[0]):
-        raise ValueError(
-            f"generator: expected one, or {shape[0]} for as many pictures, got {len(each)}"
-        )
+    check_generators(len(each), shape[0])
     size = (shape[0] // len(each), *shape[1:])
     parts = [torch.randn(size, generator=g, device=g.device if g else "cpu") for g in each]
     return torch.cat(parts).cpu()

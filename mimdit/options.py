@@ -50,6 +50,14 @@ def check_options(
         raise ValueError(f"output_type: expected pil, np, pt or latent, got {output_type!r}")
 
 
+def check_generators(given: int, pictures: int) -> None:
+    """ValueError unless there is one generator, or one for each picture."""
+    if given not in (1, pictures):
+        raise ValueError(
+            f"generator: expected one, or {pictures} for as many pictures, got {given}"
+        )
+
+
 def callback_tensors(
     callback: Any, asked: Sequence[str], known: Sequence[str] = ("latents",)
 ) -> Sequence[str]:

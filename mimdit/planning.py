@@ -10,7 +10,7 @@ from mimdit.codec import Codec, codec_factor
 from mimdit.engine.plan import plan
 from mimdit.memory import free_memory
 from mimdit.tiled_codec import LEAST_CODEC_TILE, codec_bytes, codec_tile
-from mimdit.tiling import Tiling, plan_tiles
+from mimdit.tiling import Tiling, pixel_tiles
 from mimdit.transformer import MiMDiTTransformer2DModel
 
 # Smaller pictures are padded up to this many tokens a side: no model saw such small grids.
@@ -160,22 +160,10 @@ def make_plan(
 def _tiling(
     model: MiMDiTTransformer2DModel, plane: tuple[int, int], factor: int, tile: int, wish: Wish
 ) -> Tiling:
-    """Tiles of `tile` pixels of a latent plane; smaller ones where nobody asked for that size."""
     patch = model.config["patch_size"]
-    largest = model.config["pos_embed_max_size"] * patch
-    size, asked = (n // (factor * patch) * patch for n in (tile, wish.tile))
-    if not 0 < size <= largest:
-        low, high = factor * patch, factor * largest
-        raise ValueError(f"tile: expected 0 or {low} to {high} pixels, got {tile}")
-    # A chosen tile keeps the asked overlap only where it is smaller than the tile.
-    overlap = wish.overlap // factor
-    if size != asked:
-        overlap = min(overlap, size // 2)
-    elif overlap >= size:
-        span = f"0 to less than the tile ({size * factor} pixels)"
-        raise ValueError(f"tile_overlap: expected {span}, got {wish.overlap}")
-    least = None if wish.tile else min(MIN_TOKENS * patch, size)
-    return plan_tiles(plane, size, overlap, patch, least)
+    sides = (patch, model.config["pos_embed_max_size"] * patch)
+    least = None if wish.tile else MIN_TOKENS * patch
+    return pixel_tiles(plane, tile, wish.overlap, factor, patch, sides, least)
 
 
 def _codec_tile(codec: Codec, free: int | None) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mimdit.condition import Condition
 from mimdit.mim import Routing
+from mimdit.options import check_generators
 from mimdit.steering import steer
 from mimdit.tile_loop import TileLoop, pool_tiles
 from mimdit.tiling import Tiling
@@ -104,10 +105,8 @@ def draw_noise(
 
     Raises ValueError for a list that is not one generator, or one for each of the B pictures.
     """
-    if isinstance(generator, list) and len(generator) not in (1, len(like)):
-        raise ValueError(
-            f"generator: expected one, or {len(like)} for as many pictures, got {len(generator)}"
-        )
+    if isinstance(generator, list):
+        check_generators(len(generator), len(like))
     first = generator[0] if isinstance(generator, list) else generator
     device = like.device if first is None else first.device
     noise = randn_tensor(like.shape, generator=generator, device=device, dtype=like.dtype)

@@ -89,6 +89,34 @@ class _Band:
         return mean
 
 
+def pixel_tiles(
+    plane: tuple[int, int],
+    tile: int,
+    overlap: int,
+    factor: int,
+    patch: int,
+    sides: tuple[int, int],
+    least: int | None,
+) -> Tiling:
+    """`plan_tiles` for a tile and an overlap in pixels, `factor` to a latent, of whole patches.
+
+    sides: the smallest and the largest tile, in latents. least: None for a tile that was asked for,
+    with that overlap or a ValueError; for any other as in `plan_tiles`, and half a tile overlaps at
+    most. Raises ValueError for sizes out of range.
+    """
+    size, (low, high) = tile // (factor * patch) * patch, sides
+    if not low <= size <= high:
+        span = f"{low * factor} to {high * factor}"
+        raise ValueError(f"tile: expected 0 or {span} pixels, got {tile}")
+    kept = overlap // factor
+    if least is not None:
+        return plan_tiles(plane, size, min(kept, size // 2), patch, min(least, size))
+    if kept >= size:
+        span = f"0 to less than the tile ({size * factor} pixels)"
+        raise ValueError(f"tile_overlap: expected {span}, got {overlap}")
+    return plan_tiles(plane, size, kept, patch)
+
+
 def plan_tiles(
     plane: tuple[int, int], tile: int, overlap: int, multiple: int, least: int | None = None
 ) -> Tiling:

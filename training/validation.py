@@ -145,22 +145,23 @@ def _stored(pairs: Sequence[Pair], size: int) -> list[Look]:
                 f"validation: expected {pair.damaged} in the size of its original, {w0}×{h0}, got "
                 f"{w}×{h}"
             )
-        side = min(size, *clean.shape[:2])
-        if side < SSIM_WINDOW:
+        if (side := min(size, *clean.shape[:2])) < SSIM_WINDOW:
             raise ValueError(
                 f"validation: expected at least {SSIM_WINDOW}×{SSIM_WINDOW} pixels, the window of "
                 f"SSIM, got {pair.damaged} of {damaged.shape[1]}×{damaged.shape[0]}"
             )
-        top, left = ((n - side) // 2 for n in clean.shape[:2])
-        cut = (slice(top, top + side), slice(left, left + side))
-        found.append((pair.group, damaged[cut], clean[cut]))
+        found.append((pair.group, _middle(damaged, side), _middle(clean, side)))
     return found
 
 
 def centre_square(image: np.ndarray, size: int) -> np.ndarray:
     """The central square of [H,W,3] in [0,1], as float32 [size,size,3] of 8-bit values."""
-    side = min(image.shape[:2])
-    top, left = ((n - side) // 2 for n in image.shape[:2])
-    square = np.round(image[top : top + side, left : left + side] * 255).astype(np.uint8)
+    square = np.round(_middle(image, min(image.shape[:2])) * 255).astype(np.uint8)
     small = Image.fromarray(square).resize((size, size), Image.Resampling.LANCZOS)
     return np.asarray(small, dtype=np.float32) / 255
+
+
+def _middle(image: np.ndarray, side: int) -> np.ndarray:
+    """The central square [side,side,3] of [H,W,3]."""
+    top, left = ((n - side) // 2 for n in image.shape[:2])
+    return image[top : top + side, left : left + side]
