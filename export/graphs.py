@@ -1,7 +1,7 @@
 """The model as graphs: modules whose inputs and outputs are tensors alone.
 
-    pool         z_lq → means [L,B,2d] of tokens and their squares, which average over tiles
-    conditioner  z_lq, means → tokens [L,B,K,D], and the routing: pooled [L,B,2d], inter [L,B,G],
+    pool         z_lq → means [L,B,S] of tokens, their squares and the spectrum: average over tiles
+    conditioner  z_lq, means → tokens [L,B,K,D], and the routing: pooled [L,B,S], inter [L,B,G],
                  intra and index [L,B,G,k]
     denoiser     x_t, timestep, z_lq, tokens, pooled, text, pooled_text → velocity, output
     vae_encoder  pictures [B,3,H,W] in [−1,1] → latents;  vae_decoder  the inverse

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimdit.spectrum import reshape_spectrum
+from mimdit.spectrum import cell_side, reshape_spectrum
 
 PREDICTION_TYPES = ("velocity", "sample", "residual", "log_affine")
 
@@ -27,9 +27,7 @@ def check_prediction(prediction_type: str, damage_std: float, latent: int, outpu
     if prediction_type != "log_affine" and output != latent:
         raise ValueError(f"out_channels: expected {latent}, got {output}")
     if prediction_type == "log_affine":
-        side = math.isqrt(latent // _COLOURS)
-        if latent != _COLOURS * side**2:
-            raise ValueError(f"in_channels: expected 3·f² (unshuffled pixels), got {latent}")
+        cell_side(latent)
         plain = latent + _COLOURS
         if output not in (plain, plain + 2 * latent):
             raise ValueError(
@@ -119,7 +117,7 @@ def to_velocity(
     v = ((w * t - (1 - t)) * x_t - w * t * z_lq) / n
     if prediction_type == "residual":
         return v - output / n.sqrt()
-    side = math.isqrt(x_t.shape[1] // _COLOURS)
+    side = cell_side(x_t.shape[1])
     a = t / n.sqrt()
     latent = x_t.shape[1]
     residual, gain, controls = output.split(

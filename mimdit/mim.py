@@ -25,7 +25,8 @@ class Routing:
     """What the routers chose: inter [L,B,G], intra and index [L,B,G,k] (weights, sub-experts).
 
     pooled: the token means of u less their running mean, which the routers read, [L,B,d], and if
-    the module takes squares the logarithms of the root mean squares of u after them, [L,B,2d].
+    the module takes squares the logarithms of the root mean squares of u after them, [L,B,2d];
+    then as it came whatever followed in the statistics that were routed.
     """
 
     inter: Tensor
@@ -229,9 +230,10 @@ class MiM(nn.Module):
             intra = torch.full_like(intra, 1 / self.experts)
         pooled = mean - self.running_mean[layers].unsqueeze(1)
         if self.squares:
-            pooled = torch.cat(
-                [pooled, 0.5 * (moments[..., mean.shape[-1] :] + 1e-4).log()], dim=-1
-            )
+            # Whatever comes after the squares goes through.
+            width = mean.shape[-1]
+            squares, others = moments[..., width:].tensor_split((width,), dim=-1)
+            pooled = torch.cat([pooled, 0.5 * (squares + 1e-4).log(), others], dim=-1)
         return Routing(inter, intra, index.long(), pooled)
 
     @torch.no_grad()
@@ -240,6 +242,20 @@ class MiM(nn.Module):
         self.running_steps[layers] += 1
         rate = torch.clamp(1 / self.running_steps[layers], min=momentum).unsqueeze(1)
         self.running_mean[layers] = self.running_mean[layers].lerp(mean, rate)
+
+    @torch.no_grad()
+    def randomize_(self, generator: torch.Generator) -> None:
+        """Draw, on the CPU, what starts at zero or one, and routers that differ."""
+        for name, tensor in self.named_parameters():
+            noise = torch.randn(tensor.shape, generator=generator, device="cpu").to(tensor)
+            if name == "zero_weight":
+                tensor.copy_(noise * tensor.shape[-1] ** -0.5)
+            elif name.endswith("_router"):
+                tensor.copy_(noise * 0.5)
+            elif name.endswith(("bias", "table", "norm_weight", "temperature")):
+                tensor.add_(noise * 0.1)
+        noise = torch.randn(self.running_mean.shape, generator=generator, device="cpu")
+        self.running_mean.copy_(noise * 0.1)
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

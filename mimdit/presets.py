@@ -28,6 +28,7 @@ _PIXEL: dict[str, Any] = {
     "out_channels": 147,
     "prediction_type": "log_affine",
     "pooled_condition": True,
+    "picture_statistics": True,
     "prompts": ("empty",),
     "prompt_tokens": 4,
 }

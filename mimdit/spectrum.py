@@ -29,13 +29,10 @@ def reshape_spectrum(pixels: Tensor, controls: Tensor, strength: Tensor) -> Tens
     side, given = pixels.shape[-1] // controls.shape[-1], pixels.dtype
     wide = torch.promote_types(given, torch.float32)
     pixels, controls, strength = (x.to(wide) for x in (pixels, controls, strength))
-    # [4f²,f²,2,2]: the transform of a block, from its four cells of f² channels.
-    basis = F.pixel_unshuffle(_cosines(2 * side, pixels), side)
-    mix = F.normalize(torch.tensor(_OPPONENT, device=pixels.device, dtype=pixels.dtype), dim=1)
-    planes = F.conv2d(pixels, mix[:, :, None, None])
-    planes = F.pad(planes, (side, side, side, side), mode="reflect").flatten(0, 1)[:, None]
+    basis, mix = _bases(side, pixels)
+    padded = F.pad(pixels, (side, side, side, side), mode="reflect")
     # [B·3,4f²,H/f+1,W/f+1]: a block at every corner of a cell.
-    found = F.conv2d(F.pixel_unshuffle(planes, side), basis)
+    found = _coefficients(padded, side, basis, mix)
     # Beyond e⁹ nothing or all is left, and 0·∞ would not be a number.
     controls = _of_blocks(controls.clamp(max=9), side)
     gain, threshold = (x.reshape(found.shape) for x in controls.chunk(2, dim=1))
@@ -53,6 +50,39 @@ def reshape_spectrum(pixels: Tensor, controls: Tensor, strength: Tensor) -> Tens
     planes = F.pixel_shuffle(F.conv_transpose2d(found, basis), side) / 4
     planes = planes[:, 0, side:-side, side:-side].reshape(pixels.shape)
     return F.conv2d(planes, mix.T[:, :, None, None]).to(given)
+
+
+def cell_side(channels: int) -> int:
+    """f of latents that are pixels unshuffled in cells of f×f; ValueError for any others."""
+    side = math.isqrt(channels // 3)
+    if not channels == 3 * side**2 > 0:
+        raise ValueError(f"in_channels: expected 3·f² (unshuffled pixels), got {channels}")
+    return side
+
+
+def mean_powers(latents: Tensor) -> Tensor:
+    """Mean squares, over a picture's blocks, of what `reshape_spectrum` works on, [B,12f²].
+
+    latents: [B,3f²,h,w], unshuffled pixels, h and w at least 2. They tell how strong noise is and
+    how far detail reaches.
+    """
+    side = cell_side(latents.shape[1])
+    wide = latents.to(torch.promote_types(latents.dtype, torch.float32))
+    found = _coefficients(F.pixel_shuffle(wide, side), side, *_bases(side, wide))
+    return found.square().mean((2, 3)).unflatten(0, (-1, 3)).flatten(1)
+
+
+def _bases(side: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Filters [4f²,f²,2,2], a block's transform from its cells, and planes of the colours [3,3]."""
+    basis = F.pixel_unshuffle(_cosines(2 * side, like), side)
+    planes = torch.tensor(_OPPONENT, device=like.device, dtype=like.dtype)
+    return basis, F.normalize(planes, dim=1)
+
+
+def _coefficients(pixels: Tensor, side: int, basis: Tensor, mix: Tensor) -> Tensor:
+    """[B·3,4f²,H/f−1,W/f−1] of the blocks around the corners of cells."""
+    planes = F.conv2d(pixels, mix[:, :, None, None]).flatten(0, 1)[:, None]
+    return F.conv2d(F.pixel_unshuffle(planes, side), basis)
 
 
 def _of_blocks(controls: Tensor, side: int) -> Tensor:

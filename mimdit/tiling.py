@@ -104,10 +104,10 @@ def pixel_tiles(
     with that overlap or a ValueError; for any other as in `plan_tiles`, and half a tile overlaps at
     most. Raises ValueError for sizes out of range.
     """
-    size, (low, high) = tile // (factor * patch) * patch, sides
-    if not low <= size <= high:
-        span = f"{low * factor} to {high * factor}"
-        raise ValueError(f"tile: expected 0 or {span} pixels, got {tile}")
+    size = tile // (factor * patch) * patch
+    if not sides[0] <= size <= sides[1]:
+        low, high = (side * factor for side in sides)
+        raise ValueError(f"tile: expected 0 or {low} to {high} pixels, got {tile}")
     kept = overlap // factor
     if least is not None:
         return plan_tiles(plane, size, min(kept, size // 2), patch, min(least, size))

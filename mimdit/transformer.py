@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from mimdit import flow
 from mimdit.attention import ImageAttnProcessor, KeyValueMiMProcessor, MiMJointAttnProcessor
 from mimdit.condition import Accelerator, Condition
+from mimdit.condition_embedder import ConditionEmbedder
 from mimdit.mim import MiM, Routing
 from mimdit.patch_embed import ShiftablePatchEmbed
+from mimdit.statistics import number, statistics_of
 from mimkernels.autocast import no_autocast
 
 
@@ -44,6 +46,8 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
         prediction_type, damage_std: see `flow.to_velocity`.
         pooled_condition: means and mean squares of the damaged picture's tokens join the pooled
             text, which modulates all blocks. For models without text.
+        picture_statistics: with `pooled_condition`, those of `mimdit.statistics` join it, too. For
+            latents of unshuffled pixels.
         prompts, prompt_tokens: names and length of the text embeddings stored with the weights, so
             that no text encoder is needed; the first is used when none is asked for.
     """
@@ -78,6 +82,7 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
         prediction_type: str = "velocity",
         damage_std: float = 0.4,
         pooled_condition: bool = False,
+        picture_statistics: bool = False,
         prompts: Sequence[str] = ("empty",),
         prompt_tokens: int = 4,
     ) -> None:
@@ -102,11 +107,13 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
             num_layers, self.inner_dim, mim_dim, groups, experts, top_k, inter, intra,
             renormalize, squares=pooled_condition,
         )  # fmt: skip
-        self.condition_embedder: nn.Linear | None = None
+        self.condition_embedder: ConditionEmbedder | None = None
+        self._reads_picture = pooled_condition and picture_statistics
         if pooled_condition:
-            self.condition_embedder = nn.Linear(2 * num_layers * mim_dim, pooled_projection_dim)
-            nn.init.zeros_(self.condition_embedder.weight)
-            nn.init.zeros_(self.condition_embedder.bias)
+            statistics = number(in_channels) if picture_statistics else 0
+            self.condition_embedder = ConditionEmbedder(
+                num_layers * mim_dim, pooled_projection_dim, statistics
+            )
         tokens = torch.randn(len(prompts), prompt_tokens, joint_attention_dim) * 0.02
         self.prompt_embeds = nn.Parameter(tokens)
         self.pooled_prompt_embeds = nn.Parameter(torch.zeros(len(prompts), pooled_projection_dim))
@@ -204,8 +211,12 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
 
     @apply_forward_hook
     def pool_condition(self, lq_latents: Tensor) -> Tensor:
-        """Token means (and mean squares) [L,B,d or 2d]: average over tiles, then `mim.route`."""
-        return self.mim.pool(self._embed(lq_latents, centred=True))
+        """Means [L,B,d, 2d or 2d+S] to average over tiles, then for `mim.route`."""
+        pooled = self.mim.pool(self._embed(lq_latents, centred=True))
+        if not self._reads_picture:
+            return pooled
+        found = statistics_of(lq_latents).to(pooled)
+        return torch.cat([pooled, found.expand(len(pooled), -1, -1)], dim=-1)
 
     @apply_forward_hook
     def encode_condition(self, lq_latents: Tensor, routing: Routing | None = None) -> Condition:
@@ -219,8 +230,12 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
         self, lq_latents: Tensor, routing: Routing | None, mim: Callable[..., Any]
     ) -> Condition:
         grid = self.grid(lq_latents)
-        if routing is None and self.pos_embed.offset is not None:
-            routing = self.mim.route(self.mim.pool(self._embed(lq_latents, centred=True)))
+        # Where the mixtures' own means would not do.
+        if routing is None and (self._reads_picture or self.pos_embed.offset is not None):
+            pooled = self.pool_condition(lq_latents)
+            if self.mim.training:
+                self.mim.track(self.mim.means(pooled).mean(1), slice(None))
+            routing = self.mim.route(pooled)
         z = self._embed(lq_latents)
         out = [mim(z, grid, layers, routing) for layers in self.mim.chunks(z)]
         tokens = tuple(m for part, _ in out for m in part.unbind())
@@ -253,13 +268,7 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
         text = encoder_hidden_states.to(hidden_states.dtype)
         pooled = pooled_projections.to(hidden_states.dtype)
         if condition is not None and self.condition_embedder is not None:
-            # Each [B,L·d]; without the squares noise and blur, which have no mean, would be unseen.
-            parts = (
-                part.transpose(0, 1).flatten(1)
-                for part in condition.routing.pooled.chunk(2, dim=-1)
-            )
-            seen = [torch.nn.functional.layer_norm(x, x.shape[1:]).to(pooled.dtype) for x in parts]
-            pooled = pooled + self.condition_embedder(torch.cat(seen, dim=1))
+            pooled = pooled + self.condition_embedder(condition.routing.pooled).to(pooled.dtype)
         if self.engine is not None and not torch.is_grad_enabled() and not kwargs:
             return self.engine.predict(hidden_states, timestep, condition, text, pooled)
         if condition is not None:
@@ -333,18 +342,9 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
         model hides faults: its conditioning is zero and its routers are nearly uniform.
         """
         generator = torch.Generator().manual_seed(seed)
-        for name, tensor in self.mim.named_parameters():
-            noise = torch.randn(tensor.shape, generator=generator, device="cpu").to(tensor)
-            if name == "zero_weight":
-                tensor.copy_(noise * tensor.shape[-1] ** -0.5)
-            elif name.endswith("_router"):
-                tensor.copy_(noise * 0.5)
-            elif name.endswith(("bias", "table", "norm_weight", "temperature")):
-                tensor.add_(noise * 0.1)
-        noise = torch.randn(self.mim.running_mean.shape, generator=generator, device="cpu")
-        self.mim.running_mean.copy_(noise * 0.1)
+        self.mim.randomize_(generator)
         if self.condition_embedder is not None:
             for tensor in self.condition_embedder.parameters():
-                noise = torch.randn(tensor.shape, generator=generator, device="cpu").to(tensor)
+                noise = torch.randn(tensor.shape, generator=generator, device="cpu")
                 tensor.copy_(noise * 0.1)
         return self

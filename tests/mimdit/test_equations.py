@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from scipy.fft import dctn
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -36,6 +38,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "renormalized": {"renormalize": True},
     "full width": {"mim_dim": 192},
     "text alone modulates": {"pooled_condition": False},
+    "no statistics of the picture": {"picture_statistics": False},
     "no qk norm": {"qk_norm": None},
     "single attention": {"dual_attention_layers": ()},
     "single attention, no qk norm": {"dual_attention_layers": (), "qk_norm": None},
@@ -137,8 +140,37 @@ def mim(model: MiMDiTTransformer2DModel, z: Tensor, grid: Grid, layer: int) -> A
     return m, given
 
 
-def pooled_condition(model: MiMDiTTransformer2DModel, z: Tensor) -> Tensor | float:
-    """What one picture's tokens z [K,D] add to the pooled text, [1,P]."""
+def powers(latents: Tensor) -> Tensor:
+    """Mean squares of a picture's cosine coefficients, 8×8 pixels every 4, [3·64]."""
+    mix = torch.tensor([[1, 1, 1], [1, 0, -1], [1, -2, 1]]).double()
+    mix = mix / mix.norm(dim=1, keepdim=True)
+    planes = torch.einsum("oc,chw->ohw", mix, F.pixel_shuffle(latents, 4)).numpy()
+    height, width = planes.shape[1:]
+    blocks = [
+        dctn(planes[:, y : y + 8, x : x + 8], axes=(1, 2), norm="ortho")
+        for y in range(0, height - 7, 4)
+        for x in range(0, width - 7, 4)
+    ]
+    return torch.from_numpy(np.mean(np.square(blocks), axis=0)).flatten()
+
+
+def shares(latents: Tensor) -> Tensor:
+    """Of cells of 4×4 pixels by tone, 16 bins: red, green, blue, the least, the greatest, [80]."""
+    cells = latents.unflatten(0, (3, 16)).flatten(2)
+    least, greatest = cells.amin((0, 1)), cells.amax((0, 1))
+    found = []
+    for plane in (*cells.mean(1), least, greatest):
+        counts = torch.zeros(17, dtype=torch.float64)
+        for tone in ((logarithmic(plane) + 1) / 2).clamp(0, 1) * 15:
+            low = int(tone)
+            counts[low] += low + 1 - tone
+            counts[low + 1] += tone - low
+        found.append(counts[:16] / plane.numel())
+    return torch.cat(found)
+
+
+def pooled_condition(model: MiMDiTTransformer2DModel, z: Tensor, lq: Tensor) -> Tensor | float:
+    """What one picture's tokens z [K,D] and latents [c,h,w] add to the pooled text, [1,P]."""
     w, seen = model.state_dict(), []
     if "condition_embedder.weight" not in w:
         return 0.0
@@ -148,7 +180,11 @@ def pooled_condition(model: MiMDiTTransformer2DModel, z: Tensor) -> Tensor | flo
         seen.append((u.mean(0) - w["mim.running_mean"][layer], (u**2).mean(0)))
     means, squares = (torch.cat(part) for part in zip(*seen, strict=True))
     even = [F.layer_norm(x, x.shape) for x in (means, torch.log(torch.sqrt(squares + 1e-4)))]
-    return torch.cat(even)[None] @ w["condition_embedder.weight"].T + w["condition_embedder.bias"]
+    found = torch.cat(even)[None] @ w["condition_embedder.weight"].T + w["condition_embedder.bias"]
+    if "condition_embedder.statistics.weight" in w:
+        read = [torch.log10(powers(lq) + 1e-6) + 3, torch.sqrt(16 * (shares(lq) + 1e-4))]
+        found = found + torch.cat(read)[None] @ w["condition_embedder.statistics.weight"].T
+    return found
 
 
 def joint_attention(attn: Any, image: Tensor, text: Tensor | None = None) -> Tensor:
@@ -257,7 +293,7 @@ def test_model_follows_the_equations(options: dict[str, Any], size: Grid) -> Non
             tokens.append(m)
         one = slice(b, b + 1)
         t, text, pooled = (e[one] for e in embedding)
-        pooled = pooled + pooled_condition(model, picture)
+        pooled = pooled + pooled_condition(model, picture, z[b])
         expected.append(network(model, x[one], (t, text, pooled), tokens))
     for literal in (True, False):
         model.use_literal_attention(literal)

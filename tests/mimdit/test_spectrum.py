@@ -2,13 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from scipy.fft import dctn, idctn
 
 from mimdit import flow
-from mimdit.spectrum import reshape_spectrum
+from mimdit.spectrum import mean_powers, reshape_spectrum
 
 MIX = torch.tensor([[1, 1, 1], [1, 0, -1], [1, -2, 1]], dtype=torch.float64)
 MIX = MIX / MIX.norm(dim=1, keepdim=True)
@@ -82,6 +83,38 @@ def test_one_threshold_removes_white_noise_and_keeps_edges() -> None:
     controls[:, 48:] = math.log(0.5 / 0.01)
     found = reshape_spectrum(noisy, controls, torch.ones(1, 1, 1, 1))
     assert (found - clean).square().mean() < 0.25 * (noisy - clean).square().mean()
+
+
+def test_powers_are_scipys_and_those_of_tiles_average_to_the_pictures() -> None:
+    latents = torch.rand(2, 12, 6, 8, dtype=torch.float64) * 2 - 1
+    found, pixels = mean_powers(latents), F.pixel_shuffle(latents, 2)
+    assert found.shape == (2, 3 * 16)
+    for b in range(2):
+        planes = torch.einsum("oc,chw->ohw", MIX, pixels[b])
+        blocks = [
+            dctn(planes[:, y : y + 4, x : x + 4].numpy(), axes=(1, 2), norm="ortho")
+            for y in range(0, 12 - 3, 2)
+            for x in range(0, 16 - 3, 2)
+        ]
+        wanted = torch.from_numpy(np.mean(np.square(blocks), axis=0)).flatten()
+        torch.testing.assert_close(found[b], wanted)
+    # Tiles that share a column of cells have all blocks between them, each once.
+    halves = [mean_powers(latents[..., columns]) for columns in (slice(0, 5), slice(4, 8))]
+    torch.testing.assert_close((4 * halves[0] + 3 * halves[1]) / 7, found)
+
+
+def test_powers_tell_noise_from_blur() -> None:
+    noise = torch.randn(1, 12, 40, 40, generator=torch.Generator().manual_seed(0))
+    smooth = F.avg_pool2d(F.pixel_shuffle(noise, 2), 5, 1, 2)
+    white, blurred = (mean_powers(x)[0, :16] for x in (noise, F.pixel_unshuffle(smooth, 2)))
+    torch.testing.assert_close(white, torch.ones(16), rtol=0.15, atol=0)
+    assert blurred[0] > 20 * blurred[15]
+
+
+@pytest.mark.parametrize("channels", [0, 16, 47])
+def test_only_unshuffled_pixels_have_a_spectrum(channels: int) -> None:
+    with pytest.raises(ValueError, match="in_channels: expected 3·f²"):
+        mean_powers(torch.zeros(1, channels, 4, 4))
 
 
 @pytest.mark.parametrize("t", [1e-3, 0.3, 1.0])
