@@ -1,6 +1,6 @@
 """The model as graphs: modules whose inputs and outputs are tensors alone.
 
-    pool         z_lq → means [L,B,S] of tokens, their squares and the spectrum: average over tiles
+    pool         z_lq → means [L,B,S]: of tokens, their squares, statistics of the picture
     conditioner  z_lq, means → tokens [L,B,K,D], and the routing: pooled [L,B,S], inter [L,B,G],
                  intra and index [L,B,G,k]
     denoiser     x_t, timestep, z_lq, tokens, pooled, text, pooled_text → velocity, output

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mimdit import flow
 from mimdit.spectrum import cell_side, mean_powers
+from mimkernels.autocast import no_autocast
 
 _BINS = 16
 # Mean colours of a cell, and the darkest and the brightest value in it.
@@ -18,17 +19,19 @@ _LEAST_POWER, _LEAST_SHARE = 1e-6, 1e-4
 
 
 def statistics_of(latents: Tensor) -> Tensor:
-    """Powers of cosine coefficients, then histograms of tones, [B,S]; S is `number(3f²)`.
+    """Powers of cosine coefficients, then histograms of tones, [B,S]; S is `statistics_size(3f²)`.
 
     latents: [B,3f²,h,w], pixels from −1 to 1 unshuffled in cells of f×f, h and w at least 2. Powers
     show noise and blur (`spectrum.mean_powers`); histograms show darkness, and haze, which leaves
     no cell without light (He, Sun and Tang, "Single image haze removal using dark channel prior",
     CVPR 2009).
     """
-    return torch.cat([mean_powers(latents), _histograms(latents)], dim=1)
+    # Autocast would round pixels to bfloat16: as much noise as blurred pictures have at the top.
+    with no_autocast(latents.device.type):
+        return torch.cat([mean_powers(latents), _histograms(latents)], dim=1)
 
 
-def number(channels: int) -> int:
+def statistics_size(channels: int) -> int:
     """S for latents of 3f² channels; ValueError for any that are not unshuffled pixels."""
     return 12 * cell_side(channels) ** 2 + _PLANES * _BINS
 

@@ -21,7 +21,7 @@ from mimdit.condition import Accelerator, Condition
 from mimdit.condition_embedder import ConditionEmbedder
 from mimdit.mim import MiM, Routing
 from mimdit.patch_embed import ShiftablePatchEmbed
-from mimdit.statistics import number, statistics_of
+from mimdit.statistics import statistics_of, statistics_size
 from mimkernels.autocast import no_autocast
 
 
@@ -110,7 +110,7 @@ class MiMDiTTransformer2DModel(SD3Transformer2DModel):
         self.condition_embedder: ConditionEmbedder | None = None
         self._reads_picture = pooled_condition and picture_statistics
         if pooled_condition:
-            statistics = number(in_channels) if picture_statistics else 0
+            statistics = statistics_size(in_channels) if picture_statistics else 0
             self.condition_embedder = ConditionEmbedder(
                 num_layers * mim_dim, pooled_projection_dim, statistics
             )

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mimdit.statistics import even, number, statistics_of
+from mimdit.statistics import even, statistics_of, statistics_size
 
 SPECTRUM = 12 * 16
 
@@ -49,9 +49,16 @@ def test_haze_leaves_no_dark_cell_and_noise_fills_all_frequencies() -> None:
 def test_half_precision_is_summed_in_float32(dtype: torch.dtype) -> None:
     z = picture()
     found = statistics_of(z.to(dtype))
-    assert found.dtype == torch.float32 and found.shape == (2, number(48))
+    assert found.dtype == torch.float32 and found.shape == (2, statistics_size(48))
     wide = statistics_of(z.to(dtype).double()).float()
     torch.testing.assert_close(even(found), even(wide), rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_rounds_nothing() -> None:
+    z = picture().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = statistics_of(z)
+    assert torch.equal(found, statistics_of(z))
 
 
 def test_every_picture_gives_moderate_numbers() -> None:
