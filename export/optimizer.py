@@ -1,8 +1,8 @@
 """What torch's exporter does to a graph after translating it, for graphs of any size.
 
 `onnxscript.optimizer.optimize_ir` with its default rules takes time in the square of the nodes: its
-rule of two slices that make a split is tried on every pair of a node and the graph. Without it the
-conditioner of `tiny`, 1740 nodes, has 1742.
+rule of two slices that make a split is tried on every pair of a node and the graph. Without it a
+conditioner of 1740 nodes had 1742.
 """
 
 from collections.abc import Sequence

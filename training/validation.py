@@ -145,7 +145,8 @@ def _stored(pairs: Sequence[Pair], size: int) -> list[Look]:
                 f"validation: expected {pair.damaged} in the size of its original, {w0}×{h0}, got "
                 f"{w}×{h}"
             )
-        if (side := min(size, *clean.shape[:2])) < SSIM_WINDOW:
+        side = min(size, *clean.shape[:2])
+        if side < SSIM_WINDOW:
             raise ValueError(
                 f"validation: expected at least {SSIM_WINDOW}×{SSIM_WINDOW} pixels, the window of "
                 f"SSIM, got {pair.damaged} of {damaged.shape[1]}×{damaged.shape[0]}"
