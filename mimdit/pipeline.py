@@ -1,6 +1,5 @@
 """`MiMDiTPipeline`: a damaged picture in, a restored one out."""
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +14,13 @@ from torch import Tensor
 
 from mimdit.codec import PixelCodec, codec_factor
 from mimdit.color import color_fix
+from mimdit.grids import GridRun, Progress
 from mimdit.inputs import Pictures, to_tensor
-from mimdit.memory import shrinking
 from mimdit.mim import Routing
 from mimdit.options import callback_tensors, check_options, grid_places
-from mimdit.planning import PicturePlan, Wish, make_plan
-from mimdit.sampling import Denoiser, draw_noise, sample
+from mimdit.planning import Fits, PicturePlan, Wish, make_plan
 from mimdit.steering import check_experts
 from mimdit.text import TEXT_COMPONENTS, branches
-from mimdit.tiled_codec import decode_tiles, encode_tiles
-from mimdit.tiling import reflect_pad
 from mimdit.transformer import MiMDiTTransformer2DModel
 
 try:
@@ -34,7 +30,6 @@ except ImportError:
     SD3LoraLoaderMixin = object
 
 Callback = Callable[["MiMDiTPipeline", int, Tensor, dict[str, Any]], dict[str, Any]]
-Progress = Callable[[int, int], object]
 
 
 @dataclass
@@ -93,9 +88,7 @@ class MiMDiTPipeline(
             tokenizer_3=tokenizer_3,
         )
         self.register_to_config(default_steps=default_steps, default_shifts=default_shifts)
-        # Tiles of a size that memory held when first asked. Later the engine's buffers, which serve
-        # the next picture, too, would look like memory that is gone.
-        self._fitting: dict[Any, int] = {}
+        self._fits = Fits()
 
     # The base class's other parameters pass through `kwargs`.
     def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -176,7 +169,6 @@ class MiMDiTPipeline(
             ValueError: an argument out of range, or a result that is not finite.
         """
         steps, shifts = self._steps(num_inference_steps, shifts)
-        shifts = 1 if output_type == "latent" else shifts
         check_options(
             steps, shifts, strength, color_fix, tile, tile_overlap, tile_batch, routing, output_type
         )
@@ -184,93 +176,44 @@ class MiMDiTPipeline(
         asked = callback_on_step_end_tensor_inputs
         named = callback_tensors(callback_on_step_end, asked, self._callback_tensor_inputs)
         damaged = to_tensor(image)
-        height, width = damaged.shape[-2:]
         texts = (prompt, negative_prompt)
         device = self._execution_device
         prompts = branches(self.transformer, self.components, texts, guidance_scale, device)
         wish = Wish(steps, shifts, tile, tile_overlap, tile_batch or 0)
-        images: Any = None
-        taken: Routing | None = None
+
+        def step_end(i: int, t: Tensor, latents: Tensor) -> Tensor:
+            if callback_on_step_end is None:
+                return latents
+            state = dict.fromkeys(named, latents)
+            return callback_on_step_end(self, i, t, state).pop("latents", latents)
+
         # A decorator of diffusers hides the signature.
         with self.progress_bar(total=0) as bar:  # pyright: ignore[reportCallIssue]
-
-            def step_end(i: int, t: Tensor, latents: Tensor) -> Tensor:
-                if callback_on_step_end is None:
-                    return latents
-                state = dict.fromkeys(named, latents)
-                return callback_on_step_end(self, i, t, state).pop("latents", latents)
-
-            places = grid_places(shifts, self._patch())
-            # Of each grid: a shifted one may need a row of tiles more.
-            passes = [
-                steps * self._plan((height + top, width + left), len(damaged), wish).passes
-                for top, left in places
-            ]
-            for grid, (top, left) in enumerate(places):
-                plan = self._plan((height + top, width + left), len(damaged), wish)
-                moved = reflect_pad(damaged, height + top, width + left, top, left)
-                padded = [side * plan.factor for side in plan.tiling.plane]
-                moved = reflect_pad(moved, *padded)
-                codec = (plan.codec_tile, device)
-                z_lq = encode_tiles(self.vae, moved, *codec, plan.home, self._release)
-                del moved
-                noise = draw_noise(z_lq, generator)
-
-                def restore(
-                    side: int,
-                    batch: int,
-                    z_lq: Tensor = z_lq,
-                    noise: Tensor = noise,
-                    plan: PicturePlan = plan,
-                    grid: int = grid,
-                ) -> tuple[Tensor, Routing]:
-                    if (side, batch) != (plan.tile, plan.batch):
-                        plan = self._plan(plan.size, len(z_lq), wish, (side, batch))
-                    # Passes are what moves on visibly in a large picture.
-                    passes[grid] = plan.passes * steps
-                    bar.total, before = sum(passes), sum(passes[:grid])
-                    bar.n = before
-                    bar.refresh()
-                    count = itertools.count(before + 1)
-
-                    def passed() -> None:
-                        bar.update()
-                        if progress is not None:
-                            progress(next(count), sum(passes))
-
-                    denoiser = Denoiser(
-                        self.transformer,
-                        z_lq,
-                        plan.tiling,
-                        prompts,
-                        guidance_scale,
-                        plan.batch,
-                        device,
-                        routing == "picture",
-                        experts or {},
-                        plan.keep,
-                        passed,
-                    )
-                    latents = sample(self.scheduler, denoiser, noise, steps, step_end)
-                    return latents, denoiser.routing
-
-                latents, chosen = shrinking(
-                    restore, plan.tile, plan.batch, plan.least_tile, self._release
-                )
-                taken = chosen if taken is None else taken
-                del z_lq, noise, restore
-                if output_type == "latent":
-                    images = latents
-                    break
-                pixels = decode_tiles(self.vae, latents, *codec, self._release)
-                del latents
-                pixels = pixels[..., top : top + height, left : left + width]
-                images = pixels.div_(shifts) if images is None else images.add_(pixels / shifts)
-                del pixels
+            run = GridRun(
+                self.transformer,
+                self.vae,
+                self.scheduler,
+                device,
+                lambda size: self._plan(size, len(damaged), wish),
+                lambda failed, reduced: self._replan(failed, wish, reduced),
+                self._release,
+                prompts,
+                guidance_scale,
+                routing == "picture",
+                experts or {},
+                steps,
+                generator,
+                step_end,
+                bar,
+                progress,
+            )
+            if output_type == "latent":
+                images, taken = run.latents(damaged)
+            else:
+                images, taken = run.restore(damaged, grid_places(shifts, self._patch()))
         if output_type != "latent":
             images = self._finish(images, damaged, strength, color_fix, output_type)
         self.maybe_free_model_hooks()
-        assert taken is not None
         return MiMDiTPipelineOutput(images, taken) if return_dict else (images, taken)
 
     def plan(
@@ -318,10 +261,14 @@ class MiMDiTPipeline(
             size,
             pictures,
             wish,
-            self._fitting,
+            self._fits,
             reduced,
             self._release,
         )
+
+    def _replan(self, failed: PicturePlan, wish: Wish, reduced: tuple[int, int]) -> PicturePlan:
+        self._fits.ran_out(failed)
+        return self._plan(failed.size, failed.pictures, wish, reduced)
 
     def _release(self) -> None:
         """Give back what an engine keeps for later calls."""

@@ -89,6 +89,45 @@ class PicturePlan:
         return f"{text}; codec in tiles of {self.codec_tile}" if self.codec_tile else text
 
 
+class Fits:
+    """Tiles that a pass may have: what memory held when first asked, or has left after it ran out.
+
+    Later an engine's buffers, which serve the next picture, too, would look like memory that is
+    gone.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[Any, int] = {}
+        # Latents along height times width, in all tiles of a pass.
+        self._most: int | None = None
+
+    def tiles(
+        self,
+        model: MiMDiTTransformer2DModel,
+        pictures: int,
+        size: tuple[int, int],
+        device: torch.device,
+        release: Callable[[], None],
+    ) -> int:
+        """Of `size` latents, each with that many pictures; what `release` gives back counts."""
+        key = (pictures, size, model.dtype)
+        if key not in self._found:
+            self._found[key] = fitting(model, pictures, size, free_memory(device))
+            if self._found[key] < 1:
+                release()
+                self._found[key] = fitting(model, pictures, size, free_memory(device))
+        found = self._found[key]
+        return found if self._most is None else min(found, self._most // _cells(pictures, size))
+
+    def ran_out(self, plan: PicturePlan) -> None:
+        """Memory did not hold this plan: later passes have at most half of its latents."""
+        self._most = plan.batch * _cells(plan.pictures, plan.tiling.size) // 2
+
+
+def _cells(pictures: int, size: tuple[int, int]) -> int:
+    return pictures * size[0] * size[1]
+
+
 def make_plan(
     model: MiMDiTTransformer2DModel,
     codec: Codec,
@@ -96,20 +135,19 @@ def make_plan(
     size: tuple[int, int],
     pictures: int,
     wish: Wish,
-    fits: dict[Any, int],
+    fits: Fits,
     reduced: tuple[int, int] | None = None,
     release: Callable[[], None] = lambda: None,
 ) -> PicturePlan:
     """The plan of pictures of `size` (height, width) pixels on a device.
 
-    fits: what was found to fit before, by tile size; filled. reduced: tile and batch after memory
-    ran out. release: gives back what an engine keeps of other sizes, before tiles get smaller.
+    fits: of all pictures of the pipeline. reduced: tile and batch after memory ran out. release:
+    gives back what an engine keeps of other sizes, before tiles get smaller.
     Raises ValueError for a tile that the model cannot have, or an overlap that is no smaller.
     """
     factor, patch = codec_factor(codec), model.config["patch_size"]
     token = factor * patch
     plane = tuple(max(-(-n // token), MIN_TOKENS) * patch for n in size)
-    free = free_memory(device)
     wanted = wish.batch
     trained = max(model.config["sample_size"] * factor, token)
     tile = wish.tile or min(trained, model.config["pos_embed_max_size"] * token)
@@ -118,19 +156,14 @@ def make_plan(
     least = min(tile, _LEAST_TILE * token)
     while True:
         tiling = _tiling(model, (plane[0], plane[1]), factor, tile, wish)
-        key = (pictures, tiling.size, model.dtype)
-        if key not in fits:
-            fits[key] = fitting(model, pictures, tiling.size, free)
-            if fits[key] < 1:
-                release()
-                free = free_memory(device)
-                fits[key] = fitting(model, pictures, tiling.size, free)
+        room = fits.tiles(model, pictures, tiling.size, device, release)
         # Only a tile that nobody asked for is made smaller.
-        if fits[key] >= 1 or wish.tile or wanted or tile // 2 < least:
+        if room >= 1 or wish.tile or wanted or tile // 2 < least:
             break
         tile //= 2
+    free = free_memory(device)
     tokens = pictures * tiling.size[0] * tiling.size[1] // patch**2
-    batch = wanted or pick_batch(tiling, tokens, fits[key], device)
+    batch = wanted or pick_batch(tiling, tokens, room, device)
     batch = tiling.even(batch) if wanted else batch
     needed = pass_bytes(model, batch * pictures, tiling.size)
     latents = 4 * pictures * model.config["in_channels"] * plane[0] * plane[1]

@@ -1,5 +1,6 @@
 """What a plan says, and what it may depend on."""
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,9 @@ import torch
 from mimdit import accelerate
 from mimdit.loading import assemble
 from mimdit.pipeline import MiMDiTPipeline
-from mimdit.planning import pass_bytes
+from mimdit.planning import Fits, pass_bytes
 from mimdit.presets import build
+from mimdit.sampling import Denoiser
 
 SIZES = [(256, 256), (300, 300), (400, 400), (500, 500), (400, 600)]
 
@@ -72,6 +74,29 @@ def test_fewer_tiles_a_pass_are_the_same_tiles(
         assert seen[0][1] == seen[1][1]
 
 
+def test_later_pictures_take_what_memory_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = pipeline(pos_embed_max_size=32, sample_size=64)
+    tried: list[int] = []
+
+    def hungry(self: Denoiser, latents: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        tried.append(4 * max(self.tiling.size))
+        if tried[-1] > 128:
+            raise torch.OutOfMemoryError("out of memory")
+        return latents
+
+    monkeypatch.setattr("mimdit.sampling.Denoiser.__call__", hungry)
+    image = np.zeros((200, 300, 3), np.float32)
+    with pytest.warns(UserWarning, match="trying again"):
+        first = pipe(image, 1, 4, output_type="np").images
+    # The first of four grids fails once; the other three, and the next picture, do not.
+    assert [side > 128 for side in tried] == [True, False, False, False, False]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second = pipe(image, 1, 4, output_type="np").images
+    assert len(tried) == 9 and max(tried[1:]) <= 128
+    assert first.shape == second.shape == (1, 200, 300, 3)
+
+
 def test_pictures_before_do_not_shrink_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine's buffers of other sizes are memory that it would give back."""
     pipe = accelerate(pipeline(pos_embed_max_size=32, sample_size=64))
@@ -84,14 +109,14 @@ def test_pictures_before_do_not_shrink_the_tiles(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr("mimdit.planning.free_memory", free)
     wanted = {size: pipe.plan(*size).tiling for size in SIZES}
-    pipe._fitting.clear()
+    pipe._fits = Fits()
     for size in SIZES:
         assert pipe.plan(*size).tiling == wanted[size]
         pipe(np.zeros((*size, 3), np.float32), 1)
         assert engine.workspaces
     # Less than that is too little for them, whatever an engine gives back.
     enough //= 2
-    pipe._fitting.clear()
+    pipe._fits = Fits()
     assert pipe.plan(*SIZES[0]).tile < 256
 
 
