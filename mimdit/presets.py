@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from mimdit.codec import PixelCodec
-from mimdit.transformer import MiMDiTTransformer2DModel, default_dtype
+from mimdit.dtypes import default_dtype
+from mimdit.transformer import MiMDiTTransformer2DModel
 
 # Backbone layouts from the configurations of SD3.5-medium and SD3.5-large.
 _SD35: dict[str, Any] = {

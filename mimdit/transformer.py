@@ -19,21 +19,11 @@ from mimdit import flow
 from mimdit.attention import ImageAttnProcessor, KeyValueMiMProcessor, MiMJointAttnProcessor
 from mimdit.condition import Accelerator, Condition
 from mimdit.condition_embedder import ConditionEmbedder
+from mimdit.dtypes import default_dtype
 from mimdit.mim import MiM, Routing
 from mimdit.patch_embed import ShiftablePatchEmbed
 from mimdit.statistics import statistics_of, statistics_size
 from mimkernels.autocast import no_autocast
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """New floating-point tensors are made in this type, instead of in float32 and then cast."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 class MiMDiTTransformer2DModel(SD3Transformer2DModel):
