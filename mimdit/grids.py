@@ -93,7 +93,7 @@ class GridRun:
             (top, left), (height, width) = place, damaged.shape[-2:]
             pixels = pixels[..., top : top + height, left : left + width]
             share = len(places)
-            mean = pixels.div_(share) if mean is None else mean.add_(pixels / share)
+            mean = pixels.div_(share) if mean is None else mean.add_(pixels, alpha=1 / share)
             del pixels
         assert mean is not None
         return mean, taken[0]
@@ -118,7 +118,6 @@ class GridRun:
     ) -> tuple[Tensor, Routing]:
         z_lq = self._encoded(damaged, place, plan)
         noise = draw_noise(z_lq, self.generator)
-
         now = plan
 
         def restore(side: int, batch: int) -> tuple[Tensor, Routing]:
@@ -131,13 +130,13 @@ class GridRun:
                 now.tiling,
                 self.prompts,
                 self.guidance_scale,
-                now.batch,
-                self.device,
-                self.shared,
-                self.experts,
-                now.keep,
+                tile_batch=now.batch,
+                device=self.device,
+                shared=self.shared,
+                experts=self.experts,
+                keep=now.keep,
                 # Passes are what moves on visibly in a large picture.
-                count.begin(grid, now.passes * self.steps),
+                passed=count.begin(grid, now.passes * self.steps),
             )
             latents = sample(self.scheduler, denoiser, noise, self.steps, self.step_end)
             return latents, denoiser.routing

@@ -190,22 +190,22 @@ class MiMDiTPipeline(
         # A decorator of diffusers hides the signature.
         with self.progress_bar(total=0) as bar:  # pyright: ignore[reportCallIssue]
             run = GridRun(
-                self.transformer,
-                self.vae,
-                self.scheduler,
-                device,
-                lambda size: self._plan(size, len(damaged), wish),
-                lambda failed, reduced: self._replan(failed, wish, reduced),
-                self._release,
-                prompts,
-                guidance_scale,
-                routing == "picture",
-                experts or {},
-                steps,
-                generator,
-                step_end,
-                bar,
-                progress,
+                model=self.transformer,
+                codec=self.vae,
+                scheduler=self.scheduler,
+                device=device,
+                plan=lambda size: self._plan(size, len(damaged), wish),
+                replan=lambda failed, reduced: self._replan(failed, wish, reduced),
+                release=self._release,
+                prompts=prompts,
+                guidance_scale=guidance_scale,
+                shared=routing == "picture",
+                experts=experts or {},
+                steps=steps,
+                generator=generator,
+                step_end=step_end,
+                bar=bar,
+                progress=progress,
             )
             if output_type == "latent":
                 images, taken = run.latents(damaged)
