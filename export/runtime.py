@@ -5,8 +5,8 @@ Torch serves as the array library: tiles, colours and noise are the pipeline's o
 give equal pictures. Neither diffusers nor a module of the network is imported.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import count, pairwise
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from export.manifest import verify
 from mimdit.color import color_fix
 from mimdit.inputs import Pictures, to_tensor
 from mimdit.options import callback_tensors, check_generators, check_options, grid_places
+from mimdit.passes import PassCount, Progress
 from mimdit.tiling import Tiling, codec_tiles, pixel_tiles, reflect_pad
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -96,7 +97,7 @@ class ExportedPipeline:
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        progress: Callable[[int, int], object] | None = None,
+        progress: Progress | None = None,
     ) -> Restored:
         """Restore one picture or a batch of equal size; arguments as the pipeline's.
 
@@ -127,26 +128,18 @@ class ExportedPipeline:
         prompts = self._prompts(guidance_scale)
         sigmas = euler_sigmas(settings["scheduler"], steps)
         places = grid_places(shifts, settings["factor"] * settings["patch_size"])
+        options = (tile, tile_overlap, min(tile_batch or 1, max(1, most // pictures)))
+        planned = [self._tiling((height + top, width + left), *options) for top, left in places]
+        passes = [steps * len(tiling.chunks(batch)) for tiling, batch in planned]
         images, taken = torch.zeros_like(damaged), None
         with tqdm(total=0, **self._progress) as bar:
+            count = PassCount(bar, progress, passes)
             for grid, (top, left) in enumerate(places):
-                moved = reflect_pad(damaged, height + top, width + left, top, left)
-                z_lq = self._encode(moved)
-                tiling = self._tiling((z_lq.shape[-2], z_lq.shape[-1]), tile, tile_overlap)
-                batch = tiling.even(min(tile_batch or 1, max(1, most // pictures)))
-                passes = steps * len(tiling.chunks(batch))
-                bar.total, bar.n = passes * shifts, passes * grid
-                bar.refresh()
-                done = count(passes * grid + 1)
-
-                def passed(done: Iterator[int] = done, total: int = passes * shifts) -> None:
-                    bar.update()
-                    if progress is not None:
-                        progress(next(done), total)
-
-                shared = routing == "picture"
-                options = (guidance_scale, batch, shared, passed)
-                velocity, chosen = denoiser(self.graphs, z_lq, tiling, prompts, *options)
+                tiling, batch = planned[grid]
+                z_lq = self._encode(reflect_pad(damaged, height + top, width + left, top, left))
+                passed = count.begin(grid, passes[grid])
+                tiles = (tiling, prompts, guidance_scale, batch, routing == "picture", passed)
+                velocity, chosen = denoiser(self.graphs, z_lq, *tiles)
                 latents = _noise(z_lq.shape, generator)
                 for i, (now, then) in enumerate(pairwise(sigmas)):
                     time = torch.tensor(float(now * settings["scheduler"]["train_steps"]))
@@ -173,12 +166,17 @@ class ExportedPipeline:
             raise ValueError(f"guidance_scale: expected 1, the prompts are equal; got {scale}")
         return branches
 
+    def _padded(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width in pixels, of whole patches."""
+        settings, (low, _) = self.settings, self.limits["side"]
+        patch, least = settings["factor"] * settings["patch_size"], max(settings["min_tokens"], low)
+        rows, columns = (max(-(-n // patch), least) * patch for n in size)
+        return rows, columns
+
     def _encode(self, damaged: Tensor) -> Tensor:
         """Latents of pictures padded to whole patches."""
-        settings, (low, _) = self.settings, self.limits["side"]
-        factor, patch = settings["factor"], settings["factor"] * settings["patch_size"]
-        least = max(settings["min_tokens"], low)
-        padded = [max(-(-n // patch), least) * patch for n in damaged.shape[-2:]]
+        settings, factor = self.settings, self.settings["factor"]
+        padded = self._padded((damaged.shape[-2], damaged.shape[-1]))
         pictures = reflect_pad(damaged, *padded) * 2 - 1
         if settings["codec"] == "pixel":
             return F.pixel_unshuffle(pictures, factor)
@@ -207,14 +205,19 @@ class ExportedPipeline:
         side = self.settings["codec_side"] * self.settings["patch_size"]
         return codec_tiles((height, width), side, self.settings["factor"])
 
-    def _tiling(self, plane: tuple[int, int], tile: int, overlap: int) -> Tiling:
+    def _tiling(
+        self, size: tuple[int, int], tile: int, overlap: int, batch: int
+    ) -> tuple[Tiling, int]:
+        """Tiles of a picture of height × width pixels, and how many a pass, at most `batch`."""
         settings = self.settings
         factor, patch = settings["factor"], settings["patch_size"]
         low, high = (side * patch for side in self.limits["side"])
         trained = max(low, min(settings["sample_size"], high))
         least = None if tile else max(low, settings["min_tokens"] * patch)
-        pixels = tile or trained * factor
-        return pixel_tiles(plane, pixels, overlap, factor, patch, (low, high), least)
+        rows, columns = (side // factor for side in self._padded(size))
+        tile = tile or trained * factor
+        tiling = pixel_tiles((rows, columns), tile, overlap, factor, patch, (low, high), least)
+        return tiling, tiling.even(batch)
 
 
 def euler_sigmas(scheduler: dict[str, float], steps: int) -> np.ndarray:

@@ -1,6 +1,5 @@
 """Pictures restored on shifted grids of patches, one after the other, and averaged."""
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,41 +11,14 @@ from torch import Tensor
 from mimdit.codec import Codec
 from mimdit.memory import shrinking
 from mimdit.mim import Routing
+from mimdit.passes import PassCount, Progress
 from mimdit.planning import PicturePlan
 from mimdit.sampling import Denoiser, draw_noise, sample
 from mimdit.tiled_codec import decode_tiles, encode_tiles
 from mimdit.tiling import reflect_pad
 from mimdit.transformer import MiMDiTTransformer2DModel
 
-Progress = Callable[[int, int], object]
 Place = tuple[int, int]
-
-
-@dataclass
-class PassCount:
-    """Forward passes, counted over all grids for a bar and for `progress(done, all)`.
-
-    expected: passes of each grid.
-    """
-
-    bar: Any
-    progress: Progress | None
-    expected: list[int]
-
-    def begin(self, grid: int, passes: int) -> Callable[[], None]:
-        """Start a grid, or start it again with other passes; call the result after each of them."""
-        self.expected[grid] = passes
-        before, everything = sum(self.expected[:grid]), sum(self.expected)
-        self.bar.total, self.bar.n = everything, before
-        self.bar.refresh()
-        count = itertools.count(before + 1)
-
-        def passed() -> None:
-            self.bar.update()
-            if self.progress is not None:
-                self.progress(next(count), everything)
-
-        return passed
 
 
 @dataclass

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from mimdit.codec import PixelCodec, codec_factor
 from mimdit.color import color_fix
-from mimdit.grids import GridRun, Progress
+from mimdit.grids import GridRun
 from mimdit.inputs import Pictures, to_tensor
 from mimdit.mim import Routing
 from mimdit.options import callback_tensors, check_options, grid_places
+from mimdit.passes import Progress
 from mimdit.planning import Fits, PicturePlan, Wish, make_plan
 from mimdit.steering import check_experts
 from mimdit.text import TEXT_COMPONENTS, branches

@@ -45,7 +45,8 @@ class Worker:
     """What Ray Data keeps alive in each of its processes. `attempts`: the actor that counts."""
 
     def __init__(self, args: argparse.Namespace, folder: str, attempts: Any) -> None:
-        self.restorer, self.attempts = Restorer(args, True, silent=True), attempts
+        self.restorer = Restorer(args, {"disable": True}, silent=True)
+        self.attempts = attempts
         self.missing: str | None = None
         try:
             # Relative paths mean the same here as where the command was given.

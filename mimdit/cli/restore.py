@@ -20,8 +20,10 @@ from mimdit.cli.places import ending, files_below, join, read_start, write
 from mimdit.cli.work import Outcome, Restorer, made_otherwise
 from mimdit.image_io import WRITE_FORMATS, PictureError
 
-# Where nobody watches, progress is a line in a log each so many seconds.
-_LOG_SECONDS = 30
+# Where nobody watches, progress is a line in a log each half a minute.
+_LOG = {"delay": 30, "mininterval": 30, "maxinterval": 30}
+# Below the bar of the pictures, one that takes longer than this has a bar of its own.
+_SLOW_SECONDS = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,9 +117,7 @@ def _outcomes(
 
         yield from outcomes(jobs, args)
         return
-    # One picture shows the pipeline's own bar.
-    quiet = len(jobs) > 1 or not sys.stderr.isatty()
-    restorer = Restorer(args, quiet, check=interrupts.check)
+    restorer = Restorer(args, _passes_bar(len(jobs)), check=interrupts.check)
     for job in jobs:
         yield job, restorer(job)
 
@@ -130,11 +130,16 @@ def _progress(count: int) -> Any:
         unit="picture",
         file=sys.stderr,
         disable=count < 2,
-        dynamic_ncols=terminal,
-        delay=0 if terminal else _LOG_SECONDS,
-        mininterval=0.2 if terminal else _LOG_SECONDS,
-        maxinterval=10 if terminal else _LOG_SECONDS,
+        **({"dynamic_ncols": True, "mininterval": 0.2} if terminal else _LOG),
     )
+
+
+def _passes_bar(count: int) -> dict[str, Any]:
+    """Settings of the bar that a picture's forward passes have, of `count` pictures."""
+    if not sys.stderr.isatty():
+        # Of several pictures a log has lines for whole ones.
+        return {"disable": count > 1, **_LOG}
+    return {"leave": False, "delay": _SLOW_SECONDS} if count > 1 else {}
 
 
 def _write_index(output: str) -> None:

@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,18 +41,18 @@ class Outcome:
 class Restorer:
     """Restores pictures with one model, loaded when the first readable picture comes.
 
-    quiet: without the pipeline's progress bar. silent: also without the plan of a large picture.
-    check: raises where the run is to stop.
+    bar: settings of the pipeline's progress bar, tqdm's. silent: without the plan of a large
+    picture. check: raises where the run is to stop.
     """
 
     def __init__(
         self,
         args: argparse.Namespace,
-        quiet: bool,
+        bar: Mapping[str, Any],
         silent: bool = False,
         check: Callable[[], object] = lambda: None,
     ) -> None:
-        self.args, self.quiet, self.silent, self.check = args, quiet, silent, check
+        self.args, self.bar, self.silent, self.check = args, bar, silent, check
         self._pipe: Any = None
         self._largest = 0
 
@@ -70,7 +70,7 @@ class Restorer:
                     make_folder(os.path.dirname(job.target) or ".", self.args.output)
                 if self._pipe is None:
                     self._pipe = load(self.args)
-                    self._pipe.set_progress_bar_config(disable=self.quiet)
+                    self._pipe.set_progress_bar_config(**self.bar)
                     self.check()
                 self._show_plan(picture)
                 notes = restore_one(self._pipe, job, here, picture, self.args)

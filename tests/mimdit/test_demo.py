@@ -204,6 +204,7 @@ def resident(pid: int) -> int:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 @pytest.mark.skipif(sys.platform != "linux", reason="reads memory from /proc")
+@pytest.mark.usefixtures("one_thread")  # as the page has
 def test_many_visitors_at_once(served: tuple[str, int, Path], tmp_path: Path) -> None:
     from gradio_client import Client, handle_file
 
@@ -245,6 +246,7 @@ def test_many_visitors_at_once(served: tuple[str, int, Path], tmp_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
+@pytest.mark.usefixtures("one_thread")
 def test_in_a_real_browser(served: tuple[str, int, Path], tmp_path: Path) -> None:
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
     browser = shutil.which("chromium") or shutil.which("google-chrome")

@@ -30,9 +30,10 @@ class FakePipeline:
         self.calls = []
         self.loads = []
         self.accelerated = False
+        self.bar = {}
 
-    def set_progress_bar_config(self, **_):
-        pass
+    def set_progress_bar_config(self, **settings):
+        self.bar = settings
 
     def __call__(self, image, generator, output_type, **options):
         assert image.dtype == np.float32 and output_type == "np"
@@ -134,6 +135,20 @@ def test_defaults(pipe, folder):
     assert pipe.loads == [("tiny", "cpu", None)]
     assert pixel("restored/a.png") == [215] * 3
     assert pipe.calls[0]["tile"] == 0 and pipe.calls[0]["num_inference_steps"] is None
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_slow_pictures_show_their_passes(pipe, folder, monkeypatch, terminal):
+    """On a terminal always; in a log those of a single picture, now and then."""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    picture(folder / "a.png")
+    assert main(["-i", "in"]) == 0
+    assert not pipe.bar.get("disable") and (pipe.bar.get("mininterval", 0) >= 10) != terminal
+    picture(folder / "b.png")
+    assert main(["-i", "in", "--overwrite"]) == 0
+    assert bool(pipe.bar.get("disable")) != terminal
+    # Gone with its picture; nothing flickers for quick ones.
+    assert not terminal or (pipe.bar["delay"] > 0 and not pipe.bar["leave"])
 
 
 def test_one_file_to_a_named_file(pipe, folder, capsys):

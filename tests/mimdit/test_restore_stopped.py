@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from mimdit.cli.arguments import build_parser
@@ -39,12 +38,12 @@ def test_stopped_runs_leave_whole_files_and_resume_finishes_them(
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads memory from /proc")
+@pytest.mark.usefixtures("one_thread")
 def test_memory_stays_flat_over_many_pictures(
     debug_model: MiMDiTTransformer2DModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     count, sizes = 500, ((40, 60), (64, 64), (150, 70), (33, 90), (128, 128))
     monkeypatch.chdir(tmp_path)
-    torch.set_num_threads(1)
     assemble(debug_model, 1).save_pretrained("model")
     rng = np.random.default_rng(0)
     Path("in").mkdir()
@@ -58,7 +57,7 @@ def test_memory_stays_flat_over_many_pictures(
     args.index = False
     jobs, failures = plan(collect(args.input, args.output)[0], args)
     assert len(jobs) == count and not failures
-    restorer, held = Restorer(args, quiet=True, silent=True), []
+    restorer, held = Restorer(args, {"disable": True}, silent=True), []
     for job in jobs:
         assert restorer(job).failure is None
         pages = int(Path("/proc/self/statm").read_text().split()[1])
