@@ -3,7 +3,7 @@
 Every stage is a command of its own with a time limit under nine minutes, so that one that hangs
 costs no more; each writes its rows as it measures them. Nothing that a stage started outlives it,
 or the suite: it would hold the GPU beside what is measured next. Cut off, `--resume` goes on with
-the stages that have not finished.
+the stages that have not finished. At the end, what was reached of `bench.targets`.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from pathlib import Path
 
 from bench.rows import write_whole
 from bench.stages import STAGES, Stage
+from bench.targets import read, table
 from mimdit.cli.interrupts import handling
 
 # Seconds that a stage may take, and the least that is worth beginning one for.
@@ -136,6 +137,9 @@ def main(argv: Sequence[str] | None = None, stages: Sequence[Stage] = STAGES) ->
         log = args.out / f"{stage.name}.log"
         print(f"{stage.name}: {outcome}, see {log}")
         print(shown(log, outcome.code != 0), flush=True)
+    reached = table(read(args.out))
+    write_whole(args.out / "targets.md", reached + "\n")
+    print(reached)
     return 0 if all(code == 0 for code in ran) else 1
 
 

@@ -1,62 +1,266 @@
-"""What the engine and the kernels are meant to reach, beside what was measured.
+"""What engine and kernels are meant to reach, beside what was measured.
 
 `python -m bench.targets PATH …` reads the rows that `bench.suite` and other commands left in files
 and folders. Only rows whose results agreed with the reference count, ratios are of rows of one
-run, and of an op that was measured at several sizes the worst one decides.
+file, and of an op that was measured at several sizes the worst one decides.
 """
 
 import argparse
 import json
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench.kernels import EMPTY
 from bench.rows import Row
 
 # Below this floor, in µs, a launch decides, and shares of a peak mean nothing.
 _SMALL = 30.0
-_HEADS = "| target | wanted | measured | |"
+_COMPILED = ("compile", "Restormer's, compile")
+_SD35: dict[str, Any] = {"model": "sd35-medium", "steps": 40, "batch": 1}
 
 
 @dataclass(frozen=True)
 class Results:
     """The rows of each file."""
 
-    files: tuple[tuple[Row, ...], ...]
+    files: Sequence[Sequence[Row]]
 
-    def last(self, key: str, **known: object) -> float | None:
-        """The figure `key` of the last row that has it and these values."""
-        found = (row[key] for rows in self.files for row in _having(rows, known) if key in row)
-        return max(enumerate(found), default=(0, None))[1]
+    def rows(self, bench: str, **known: object) -> Iterator[Row]:
+        """Those of a benchmark that agreed with the reference and have these values."""
+        wanted = {"bench": bench, "parity": True, **known}
+        for row in (row for rows in self.files for row in rows):
+            if all(row.get(key) == value for key, value in wanted.items()):
+                yield row
 
-    def ratio(self, over: str, under: str, key: str = "picture_p50_s", **known: object) -> float | None:
-        """Of two variants in one file, the last that has both."""
-        found = None
-        for rows in self.files:
-            one = Results((rows,))
-            values = [one.last(key, variant=name, **known) for name in (over, under)]
-            if values[0] is not None and values[1] is not None:
-                found = values[0] / values[1]
+    def latency(self, variant: str, side: int, key: str = "picture_p50_s", **known: object) -> Any:
+        """The last figure of a way to run the model, or None."""
+        known = {**_SD35, "variant": variant, "height": side, "width": side, **known}
+        found = [row[key] for row in self.rows("latency", **known) if key in row]
+        return found[-1] if found else None
+
+    def ratio(self, over: str, under: str, side: int, **known: object) -> float | None:
+        """How many times the picture of a variant takes as long as another's, beside it."""
+        for file in reversed(self.files):
+            times = [Results([file]).latency(name, side, **known) for name in (over, under)]
+            if None not in times:
+                return times[0] / times[1]
+        return None
+
+    def spread(self, key: str) -> float | None:
+        """The largest figure of `bench.tiles` over the smallest, of one model's sizes."""
+        found = [row[key] for row in self.rows("tiles", model="sd35-medium") if key in row]
+        return max(found) / min(found) if len(found) > 2 else None
+
+    def kernels(self, ops: str, key: str, small: bool | None = False, **known: object) -> list[Any]:
+        """Figures of ops, forward unless another pass is named; small: of which sizes, by floor."""
+        known = {"pass": "forward", "variant": "triton", **known}
+        found = [row for op in ops.split() for row in self.rows("kernels", op=op, **known)]
+        timed = [row for row in found if key in row and "floor_us" in row]
+        return [row[key] for row in timed if small in (None, row["floor_us"] < _SMALL)]
+
+    def launches(self) -> list[float]:
+        """In empty kernels, what each launch of a small call takes."""
+        found = []
+        for file in self.files:
+            own = Results([file])
+            nothing = own.rows("kernels", variant=EMPTY, parity=None)
+            empty = [row["p50_us"] for row in nothing if "p50_us" in row]
+            for row in own.rows("kernels", variant="triton", **{"pass": "forward"}):
+                if empty and row.get("launches") and row.get("floor_us", _SMALL) < _SMALL:
+                    found.append(row["p50_us"] / row["launches"] / min(empty))
         return found
 
-    def spread(self, key: str, **known: object) -> float | None:
-        """The largest over the smallest, of three rows of a file or more; the last file's."""
-        found = None
-        for rows in self.files:
-            values = [row[key] for row in _having(rows, known) if key in row]
-            found = max(values) / min(values) if len(values) > 2 else found
-        return found
 
-    def kernel(self, ops: str, key: str, large: bool = True, **known: object) -> float | None:
-        """The least figure of these ops; large: of sizes whose floor is above a launch."""
-        named = {"variant": "triton", "pass": "forward", **known}
-        rows = [
-            row
-            for rows in self.files
-            for op in ops.split()
-            for row in _having(rows, {"op": op, **named})
-            if row.get("floor_us", 0) >= _SMALL * large
-        ]
-        return min((row[key] for row in rows if key in row), default=None)
+@dataclass(frozen=True)
+class Target:
+    """what: in words. sign: "≤" or "≥". bound: of what `of` finds, None where nothing was measured.
+    form: of numbers.
+    """
+
+    what: str
+    sign: str
+    bound: float
+    form: str
+    of: Callable[[Results], float | None]
+
+    def line(self, results: Results) -> str:
+        """A row of the table."""
+        found = self.of(results)
+        wanted = f"{self.sign} {self.form.format(self.bound)}"
+        if found is None:
+            return f"| {self.what} | {wanted} | not measured | |"
+        met = found <= self.bound if self.sign == "≤" else found >= self.bound
+        shown = self.form.format(found)
+        return f"| {self.what} | {wanted} | {shown} | {'met' if met else 'missed'} |"
+
+
+def _least(values: Iterable[float]) -> float | None:
+    return min(values, default=None)
+
+
+def _condition_share(results: Results) -> float | None:
+    parts = (results.latency("engine", 512, key) for key in ("condition_p50_ms", "picture_p50_s"))
+    spent, picture = parts
+    return None if spent is None or picture is None else spent / 1e3 / picture
+
+
+def _beside(ops: str, bound: float, variants: Sequence[str], kind: str = "forward") -> Target:
+    """How many times the kernels are as fast as other ways to compute the same."""
+
+    def of(results: Results) -> float | None:
+        known = {"pass": kind}
+        found = (results.kernels(ops, "kernel_speedup", variant=v, **known) for v in variants)
+        return _least(x for values in found for x in values)
+
+    return Target(f"{ops.replace(' ', ', ')}: {kind} beside compiled", "≥", bound, "{:.2f} ×", of)
+
+
+def _share(ops: str, bound: float) -> Target:
+    what = f"{ops.replace(' ', ', ')}: share of measured bandwidth"
+    return Target(what, "≥", bound, "{:.0%}", lambda r: _least(r.kernels(ops, "bandwidth_share")))
+
+
+def _products(tokens: int, bound: float) -> Target:
+    ops, known = "expert_linear expert_combine", {"tokens": tokens, "channels": 1536}
+    return Target(
+        f"expert products, {tokens} tokens, 1536 channels: share of the matrix peak",
+        "≥",
+        bound,
+        "{:.0%}",
+        lambda r: _least(r.kernels(ops, "matrix_share", None, **known)),
+    )
+
+
+def _fastest(results: Results) -> float | None:
+    ops, others = "expert_linear expert_combine", ("eager", "compile", "cuBLAS loop", "grouped_mm")
+    found = (
+        results.kernels(ops, "kernel_speedup", None, variant=name, channels=384) for name in others
+    )
+    return _least(x for values in found for x in values)
+
+
+_TINY: dict[str, Any] = {"model": "tiny", "dtype": "float32"}
+TARGETS = (
+    Target("512², one picture", "≤", 0.28, "{:.3f} s", lambda r: r.latency("engine", 512)),
+    Target(
+        "1024², share of the matrix peak",
+        "≥",
+        0.55,
+        "{:.0%}",
+        lambda r: r.latency("engine", 1024, "peak_share"),
+    ),
+    Target(
+        "512², four pictures, share of the matrix peak",
+        "≥",
+        0.6,
+        "{:.0%}",
+        lambda r: r.latency("engine", 512, "peak_share", batch=4),
+    ),
+    Target("512² with fp8", "≤", 0.2, "{:.3f} s", lambda r: r.latency("engine-fp8", 512)),
+    *(
+        Target(
+            f"{side}² beside the compiled bare backbone",
+            "≤",
+            bound,
+            "{:.2f} ×",
+            lambda r, side=side: r.ratio("engine", "backbone-compiled", side),
+        )
+        for side, bound in ((512, 1.1), (1024, 1.3))
+    ),
+    *(
+        Target(
+            f"{side}² faster than the eager reference",
+            "≥",
+            bound,
+            "{:.2f} ×",
+            lambda r, side=side: r.ratio("reference", "engine", side),
+        )
+        for side, bound in ((512, 5.0), (1024, 2.5))
+    ),
+    Target("512², conditioning of a picture's time", "≤", 0.02, "{:.1%}", _condition_share),
+    Target(
+        "512², first picture of a process",
+        "≤",
+        10.0,
+        "{:.1f} s",
+        lambda r: r.latency("engine", 512, "cold_s"),
+    ),
+    Target(
+        "`tiny` at 256², float32, faster than the eager reference",
+        "≥",
+        2.5,
+        "{:.2f} ×",
+        lambda r: r.ratio("reference", "engine", 256, **_TINY),
+    ),
+    Target(
+        "tiles: time a megapixel, largest over smallest",
+        "≤",
+        1.1,
+        "{:.2f} ×",
+        lambda r: r.spread("seconds_per_megapixel"),
+    ),
+    Target(
+        "tiles: peak memory, largest over smallest",
+        "≤",
+        1.1,
+        "{:.2f} ×",
+        lambda r: r.spread("peak_allocated_mb"),
+    ),
+    _products(4096, 0.8),
+    _products(1024, 0.55),
+    Target(
+        "expert products, 384 channels: beside the fastest other", "≥", 1.0, "{:.2f} ×", _fastest
+    ),
+    Target(
+        "image_gate: floor of its time",
+        "≥",
+        1 / 1.3,
+        "{:.0%}",
+        lambda r: _least(r.kernels("image_gate", "floor_share")),
+    ),
+    _share("window_attention", 0.7),
+    _share("channel_attention", 0.7),
+    _share("layernorm_modulate gated_residual_layernorm_modulate", 0.85),
+    _beside("window_attention channel_attention", 2.0, _COMPILED),
+    _beside("window_attention channel_attention", 1.5, ("compile",), "forward+backward"),
+    Target(
+        "small calls: a launch beside an empty kernel",
+        "≤",
+        2.0,
+        "{:.2f} ×",
+        lambda r: max(r.launches(), default=None),
+    ),
+)
+
+
+def table(results: Results) -> str:
+    """Markdown; sd35-medium in 40 steps where nothing else is said."""
+    head = ["| target | wanted | measured | |", "|---|---|---|---|"]
+    return "\n".join([*head, *(target.line(results) for target in TARGETS)])
+
+
+def read(*paths: Path) -> Results:
+    """The rows of files, and of all files in folders. Raises OSError, ValueError for no rows."""
+    files = [file for path in paths for file in (_inside(path) if path.is_dir() else [path])]
+    return Results([[json.loads(line) for line in file.read_text().splitlines()] for file in files])
+
+
+def _inside(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.jsonl"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    p = argparse.ArgumentParser(prog="python -m bench.targets", description=__doc__)
+    p.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="rows, or a folder of them")
+    args = p.parse_args(argv)
+    try:
+        print(table(read(*args.paths)))
+    except (OSError, ValueError) as error:
+        p.error(f"PATH: expected JSON lines, or a folder of them ({error})")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

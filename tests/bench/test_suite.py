@@ -38,11 +38,14 @@ def test_stages_run_and_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert set(read(tmp_path)) == {"good", "bad", "slow"}
 
 
+ROW = '{"bench": "kernels"}\n'
+
+
 def test_stages_that_go_on_by_themselves_keep_their_rows(tmp_path: Path) -> None:
     stages = (Stage("kernels", "platform", gpu=False, resumes=True),)
-    (tmp_path / "kernels.jsonl").write_text("rows")
+    (tmp_path / "kernels.jsonl").write_text(ROW)
     assert main(["--out", str(tmp_path), "--resume"], stages) == 0
-    assert (tmp_path / "kernels.jsonl").read_text() == "rows"
+    assert (tmp_path / "kernels.jsonl").read_text() == ROW
     assert main(["--out", str(tmp_path)], stages) == 0
     assert not (tmp_path / "kernels.jsonl").exists()
 
