@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,9 +21,9 @@ from export.backends import open_graphs
 from export.libraries import ExportError
 from export.loop import Routing, denoiser, routing_of
 from export.manifest import verify
-from mimdit.color import color_fix
 from mimdit.inputs import Pictures, to_tensor
 from mimdit.options import callback_tensors, check_generators, check_options, grid_places
+from mimdit.outputs import finished
 from mimdit.passes import PassCount, Progress
 from mimdit.tiling import Tiling, codec_tiles, pixel_tiles, reflect_pad
 
@@ -153,7 +152,9 @@ class ExportedPipeline:
                 pixels = self._decode(latents) / 2 + 0.5
                 images += pixels[..., top : top + height, left : left + width] / shifts
         assert taken is not None
-        return Restored(_finish(images, damaged, strength, color_fix, output_type), taken)
+        refusal = "the result is not finite; export with --precision fp32"
+        images = finished(images, damaged, strength, color_fix, output_type, refusal)
+        return Restored(images, taken)
 
     def _prompts(self, scale: float) -> list[tuple[Tensor, Tensor]]:
         """Stored text of the one branch, or of the positive and the negative one."""
@@ -239,18 +240,3 @@ def _noise(shape: torch.Size, generator: Generators) -> Tensor:
     size = (shape[0] // len(each), *shape[1:])
     parts = [torch.randn(size, generator=g, device=g.device if g else "cpu") for g in each]
     return torch.cat(parts).cpu()
-
-
-def _finish(
-    restored: Tensor, damaged: Tensor, strength: float, fix: str, output_type: str
-) -> Tensor | np.ndarray | list[Image.Image]:
-    if not torch.isfinite(restored).all():
-        raise ValueError("the result is not finite; export with --precision fp32")
-    restored = color_fix(fix, restored, damaged)
-    restored = torch.lerp(damaged, restored, strength).clamp(0, 1)
-    if output_type == "pt":
-        return restored
-    images = restored.movedim(1, -1).contiguous().numpy()
-    if output_type == "np":
-        return images
-    return [Image.fromarray((picture * 255).round().astype(np.uint8)) for picture in images]

@@ -8,16 +8,15 @@ from typing import Any, ClassVar
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from mimdit.codec import PixelCodec, codec_factor
-from mimdit.color import color_fix
 from mimdit.grids import GridRun
 from mimdit.inputs import Pictures, to_tensor
 from mimdit.mim import Routing
 from mimdit.options import callback_tensors, check_options, grid_places
+from mimdit.outputs import finished
 from mimdit.passes import Progress
 from mimdit.planning import Fits, PicturePlan, Wish, make_plan
 from mimdit.steering import check_experts
@@ -213,7 +212,8 @@ class MiMDiTPipeline(
             else:
                 images, taken = run.restore(damaged, grid_places(shifts, self._patch()))
         if output_type != "latent":
-            images = self._finish(images, damaged, strength, color_fix, output_type)
+            refusal = "the result is not finite; use fp32 precision, or another checkpoint"
+            images = finished(images, damaged, strength, color_fix, output_type, refusal)
         self.maybe_free_model_hooks()
         return MiMDiTPipelineOutput(images, taken) if return_dict else (images, taken)
 
@@ -279,18 +279,6 @@ class MiMDiTPipeline(
     def _patch(self) -> int:
         """Pixels along one side of a token."""
         return codec_factor(self.vae) * self.transformer.config["patch_size"]
-
-    def _finish(
-        self, restored: Tensor, damaged: Tensor, strength: float, fix: str, output_type: str
-    ) -> Any:
-        # Extremes are NaN where any value is, and need no copy.
-        if not all(torch.isfinite(x) for x in restored.aminmax()):
-            raise ValueError("the result is not finite; use fp32 precision, or another checkpoint")
-        restored = color_fix(fix, restored, damaged)
-        if strength < 1:
-            restored = torch.lerp(damaged, restored, strength)
-        restored = restored.clamp_(0, 1)
-        return VaeImageProcessor(do_normalize=False).postprocess(restored, output_type=output_type)
 
 
 # Diffusers looks pipelines up by name in its own namespace: `DiffusionPipeline.from_pretrained`

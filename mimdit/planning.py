@@ -169,9 +169,10 @@ def make_plan(
     latents = 4 * pictures * model.config["in_channels"] * plane[0] * plane[1]
     home = home_of(latents, device)
     whole = 4 * 3 * pictures * size[0] * size[1]
-    # The picture, what earlier grids gave, and latents: damaged, noisy, velocity, and two more
-    # while a step is taken. At the end, the result and three copies of it.
-    denoising = whole * (1 + (wish.shifts > 1)) + (5 * latents if home.type == "cpu" else 0)
+    # The picture, what earlier grids gave, and latents: damaged, noise, velocity, and after the
+    # first step those that it gave. At the end, the result and two copies of it.
+    planes = 3 + (wish.steps > 1) if home.type == "cpu" else 0
+    denoising = whole * (1 + (wish.shifts > 1)) + planes * latents
     return PicturePlan(
         *size,
         pictures,
@@ -185,7 +186,7 @@ def make_plan(
         needed,
         kept_bytes(device, needed, free, wish.steps),
         home,
-        max(denoising, 5 * whole),
+        max(denoising, 4 * whole),
         _codec_tile(codec, free),
     )
 

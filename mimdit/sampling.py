@@ -1,5 +1,6 @@
 """The model's velocity of a whole latent, and the steps from noise to a picture."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -17,6 +18,9 @@ from mimdit.steering import steer
 from mimdit.tile_loop import TileLoop, pool_tiles
 from mimdit.tiling import Tiling
 from mimdit.transformer import MiMDiTTransformer2DModel
+
+# Elements of latents that take a step at once.
+_TOGETHER = 2**22
 
 
 @dataclass
@@ -125,12 +129,27 @@ def sample(
     timesteps = cast(Tensor, scheduler.timesteps)
     with denoiser.steps(timesteps):
         for i, t in enumerate(timesteps):
-            # Diffusers declares FloatTensor, which no torch function is typed to return.
-            latents = scheduler.step(
-                denoiser(latents, t),  # pyright: ignore[reportArgumentType]
-                t,  # pyright: ignore[reportArgumentType]
-                latents,  # pyright: ignore[reportArgumentType]
-                return_dict=False,
-            )[0]
+            latents = _stepped(scheduler, denoiser(latents, t), t, latents)
             latents = step_end(i, t, latents)
     return latents
+
+
+def _stepped(
+    scheduler: FlowMatchEulerDiscreteScheduler, velocity: Tensor, t: Tensor, latents: Tensor
+) -> Tensor:
+    """The latents after one step; where they are large, in place of the velocity.
+
+    An Euler step holds two more tensors of the size of its latents, so it takes some rows at a
+    time; schedulers that draw noise or remember a step take all.
+    """
+    rows = max(_TOGETHER * latents.shape[-2] // latents.numel(), 1)
+    plain = type(scheduler) is FlowMatchEulerDiscreteScheduler
+    if rows >= latents.shape[-2] or not plain or scheduler.config["stochastic_sampling"]:
+        # Diffusers declares FloatTensor, which no torch function is typed to return.
+        return scheduler.step(velocity, t, latents, return_dict=False)[0]  # pyright: ignore
+    bands = [*zip(velocity.split(rows, dim=-2), latents.split(rows, dim=-2), strict=True)]
+    for v, x in bands:
+        # A scheduler counts its steps, and all of these are one.
+        counts = scheduler if v is bands[-1][0] else copy.copy(scheduler)
+        v.copy_(counts.step(v, t, x, return_dict=False)[0])  # pyright: ignore
+    return velocity
