@@ -40,7 +40,7 @@ class Results:
         found = [row[key] for row in self.rows("latency", **known) if key in row]
         return found[-1] if found else None
 
-    def ratio(self, over: str, under: str, side: int, **known: object) -> float | None:
+    def ratio(self, over: str, under: str, side: int, **known: Any) -> float | None:
         """How many times the picture of a variant takes as long as another's, beside it."""
         for file in reversed(self.files):
             times = [Results([file]).latency(name, side, **known) for name in (over, under)]
@@ -110,7 +110,7 @@ def _beside(ops: str, bound: float, variants: Sequence[str], kind: str = "forwar
     """How many times the kernels are as fast as other ways to compute the same."""
 
     def of(results: Results) -> float | None:
-        known = {"pass": kind}
+        known: dict[str, Any] = {"pass": kind}
         found = (results.kernels(ops, "kernel_speedup", variant=v, **known) for v in variants)
         return _least(x for values in found for x in values)
 

@@ -67,7 +67,8 @@ class Worker:
 
         if self.missing is not None:
             return self.missing
-        if ray.get(self.attempts.begin.remote(number)) > _ATTEMPTS:
+        begun: Any = ray.get(self.attempts.begin.remote(number))
+        if begun > _ATTEMPTS:
             text = f"{job.source}: {_ATTEMPTS} workers died of it, out of memory perhaps"
             return Outcome(f"{text}; restore it without --ray to see why")
         try:
@@ -159,7 +160,7 @@ def _connect(args: argparse.Namespace) -> Any:
         raise StopError(
             f"--ray needs Ray Data ({first_line(error)}); pip install 'mimdit[ray]'"
         ) from error
-    level = "INFO" if args.debug else "ERROR"
+    level = logging.INFO if args.debug else logging.ERROR
     # A cluster elsewhere may take long to answer, and would not be left behind.
     starts = args.ray in ("", "local")
     try:

@@ -21,7 +21,7 @@ from mimdit.cli.work import Outcome, Restorer, made_otherwise
 from mimdit.image_io import WRITE_FORMATS, PictureError
 
 # Where nobody watches, progress is a line in a log each half a minute.
-_LOG = {"delay": 30, "mininterval": 30, "maxinterval": 30}
+_LOG: dict[str, Any] = {"delay": 30, "mininterval": 30, "maxinterval": 30}
 # Below the bar of the pictures, one that takes longer than this has a bar of its own.
 _SLOW_SECONDS = 2
 
@@ -124,14 +124,9 @@ def _outcomes(
 
 def _progress(count: int) -> Any:
     """Pictures done and the time that is left: a bar on a terminal, else lines in a log."""
-    terminal = sys.stderr.isatty()
-    return tqdm(
-        total=count,
-        unit="picture",
-        file=sys.stderr,
-        disable=count < 2,
-        **({"dynamic_ncols": True, "mininterval": 0.2} if terminal else _LOG),
-    )
+    terminal: dict[str, Any] = {"dynamic_ncols": True, "mininterval": 0.2}
+    shown = terminal if sys.stderr.isatty() else _LOG
+    return tqdm(total=count, unit="picture", file=sys.stderr, disable=count < 2, **shown)
 
 
 def _passes_bar(count: int) -> dict[str, Any]:
