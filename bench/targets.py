@@ -23,7 +23,7 @@ _SD35: dict[str, Any] = {"model": "sd35-medium", "steps": 40, "batch": 1}
 
 @dataclass(frozen=True)
 class Results:
-    """The rows of each file."""
+    """The rows of each file; the last ones are those of the last file by name."""
 
     files: Sequence[Sequence[Row]]
 
@@ -101,84 +101,65 @@ def _least(values: Iterable[float]) -> float | None:
 
 
 def _condition_share(results: Results) -> float | None:
-    parts = (results.latency("engine", 512, key) for key in ("condition_p50_ms", "picture_p50_s"))
-    spent, picture = parts
+    spent = results.latency("engine", 512, "condition_p50_ms")
+    picture = results.latency("engine", 512)
     return None if spent is None or picture is None else spent / 1e3 / picture
 
 
-def _beside(ops: str, bound: float, variants: Sequence[str], kind: str = "forward") -> Target:
-    """How many times the kernels are as fast as other ways to compute the same."""
-
-    def of(results: Results) -> float | None:
-        known: dict[str, Any] = {"pass": kind}
-        found = (results.kernels(ops, "kernel_speedup", variant=v, **known) for v in variants)
-        return _least(x for values in found for x in values)
-
-    return Target(f"{ops.replace(' ', ', ')}: {kind} beside compiled", "≥", bound, "{:.2f} ×", of)
+def _times(
+    what: str, sign: str, bound: float, over: str, under: str, side: int, **known: Any
+) -> Target:
+    """A picture's time by one variant over that by another."""
+    return Target(what, sign, bound, "{:.2f} ×", lambda r: r.ratio(over, under, side, **known))
 
 
-def _share(ops: str, bound: float) -> Target:
-    what = f"{ops.replace(' ', ', ')}: share of measured bandwidth"
-    return Target(what, "≥", bound, "{:.0%}", lambda r: _least(r.kernels(ops, "bandwidth_share")))
-
-
-def _products(tokens: int, bound: float) -> Target:
-    ops, known = "expert_linear expert_combine", {"tokens": tokens, "channels": 1536}
+def _peak(what: str, bound: float, side: int, batch: int) -> Target:
     return Target(
-        f"expert products, {tokens} tokens, 1536 channels: share of the matrix peak",
+        f"{what}, share of the matrix peak",
         "≥",
         bound,
         "{:.0%}",
-        lambda r: _least(r.kernels(ops, "matrix_share", None, **known)),
+        lambda r: r.latency("engine", side, "peak_share", batch=batch),
     )
 
 
-def _fastest(results: Results) -> float | None:
-    ops, others = "expert_linear expert_combine", ("eager", "compile", "cuBLAS loop", "grouped_mm")
-    found = (
-        results.kernels(ops, "kernel_speedup", None, variant=name, channels=384) for name in others
-    )
-    return _least(x for values in found for x in values)
+def _flat(what: str, key: str) -> Target:
+    text = f"tiles: {what}, largest over smallest"
+    return Target(text, "≤", 1.1, "{:.2f} ×", lambda r: r.spread(key))
 
 
+def _share(what: str, bound: float, ops: str, key: str, **known: Any) -> Target:
+    """The least share of a floor or a peak that ops reach; known: as of `Results.kernels`."""
+    return Target(what, "≥", bound, "{:.0%}", lambda r: _least(r.kernels(ops, key, **known)))
+
+
+def _faster(what: str, bound: float, ops: str, others: Sequence[str], **known: Any) -> Target:
+    """How many times kernels are as fast as the fastest of other ways to compute the same."""
+
+    def of(results: Results) -> float | None:
+        found = (results.kernels(ops, "kernel_speedup", variant=v, **known) for v in others)
+        return _least(x for values in found for x in values)
+
+    return Target(what, "≥", bound, "{:.2f} ×", of)
+
+
+_PRODUCTS, _ATTENTIONS = "expert_linear expert_combine", "window_attention channel_attention"
+_NORMS = "layernorm_modulate gated_residual_layernorm_modulate"
+_OTHERS = ("eager", "compile", "cuBLAS loop", "grouped_mm")
+_WIDE: dict[str, Any] = {"channels": 1536, "small": None}
 _TINY: dict[str, Any] = {"model": "tiny", "dtype": "float32"}
+_BACK: dict[str, Any] = {"pass": "forward+backward"}
 TARGETS = (
     Target("512², one picture", "≤", 0.28, "{:.3f} s", lambda r: r.latency("engine", 512)),
-    Target(
-        "1024², share of the matrix peak",
-        "≥",
-        0.55,
-        "{:.0%}",
-        lambda r: r.latency("engine", 1024, "peak_share"),
-    ),
-    Target(
-        "512², four pictures, share of the matrix peak",
-        "≥",
-        0.6,
-        "{:.0%}",
-        lambda r: r.latency("engine", 512, "peak_share", batch=4),
-    ),
+    _peak("1024²", 0.55, 1024, 1),
+    _peak("512², four pictures", 0.6, 512, 4),
     Target("512² with fp8", "≤", 0.2, "{:.3f} s", lambda r: r.latency("engine-fp8", 512)),
-    *(
-        Target(
-            f"{side}² beside the compiled bare backbone",
-            "≤",
-            bound,
-            "{:.2f} ×",
-            lambda r, side=side: r.ratio("engine", "backbone-compiled", side),
-        )
-        for side, bound in ((512, 1.1), (1024, 1.3))
+    _times("512² beside the compiled bare backbone", "≤", 1.1, "engine", "backbone-compiled", 512),
+    _times(
+        "1024² beside the compiled bare backbone", "≤", 1.3, "engine", "backbone-compiled", 1024
     ),
-    *(
-        Target(
-            f"{side}² faster than the eager reference",
-            "≥",
-            bound,
-            "{:.2f} ×",
-            lambda r, side=side: r.ratio("reference", "engine", side),
-        )
-        for side, bound in ((512, 5.0), (1024, 2.5))
-    ),
+    _times("512² faster than the eager reference", "≥", 5.0, "reference", "engine", 512),
+    _times("1024² faster than the eager reference", "≥", 2.5, "reference", "engine", 1024),
     Target("512², conditioning of a picture's time", "≤", 0.02, "{:.1%}", _condition_share),
     Target(
         "512², first picture of a process",
@@ -187,44 +168,67 @@ TARGETS = (
         "{:.1f} s",
         lambda r: r.latency("engine", 512, "cold_s"),
     ),
-    Target(
+    _times(
         "`tiny` at 256², float32, faster than the eager reference",
         "≥",
         2.5,
-        "{:.2f} ×",
-        lambda r: r.ratio("reference", "engine", 256, **_TINY),
+        "reference",
+        "engine",
+        256,
+        **_TINY,
     ),
-    Target(
-        "tiles: time a megapixel, largest over smallest",
-        "≤",
-        1.1,
-        "{:.2f} ×",
-        lambda r: r.spread("seconds_per_megapixel"),
+    _flat("time a megapixel", "seconds_per_megapixel"),
+    _flat("peak memory", "peak_allocated_mb"),
+    _share(
+        "expert products, 4096 tokens, 1536 channels: share of the matrix peak",
+        0.8,
+        _PRODUCTS,
+        "matrix_share",
+        tokens=4096,
+        **_WIDE,
     ),
-    Target(
-        "tiles: peak memory, largest over smallest",
-        "≤",
-        1.1,
-        "{:.2f} ×",
-        lambda r: r.spread("peak_allocated_mb"),
+    _share(
+        "expert products, 1024 tokens, 1536 channels: share of the matrix peak",
+        0.55,
+        _PRODUCTS,
+        "matrix_share",
+        tokens=1024,
+        **_WIDE,
     ),
-    _products(4096, 0.8),
-    _products(1024, 0.55),
-    Target(
-        "expert products, 384 channels: beside the fastest other", "≥", 1.0, "{:.2f} ×", _fastest
+    _faster(
+        "expert products, 384 channels: beside the fastest other",
+        1.0,
+        _PRODUCTS,
+        _OTHERS,
+        channels=384,
+        small=None,
     ),
-    Target(
-        "image_gate: floor of its time",
-        "≥",
-        1 / 1.3,
-        "{:.0%}",
-        lambda r: _least(r.kernels("image_gate", "floor_share")),
+    _share("image_gate: floor of its time", 1 / 1.3, "image_gate", "floor_share"),
+    _share(
+        "window_attention: share of measured bandwidth", 0.7, "window_attention", "bandwidth_share"
     ),
-    _share("window_attention", 0.7),
-    _share("channel_attention", 0.7),
-    _share("layernorm_modulate gated_residual_layernorm_modulate", 0.85),
-    _beside("window_attention channel_attention", 2.0, _COMPILED),
-    _beside("window_attention channel_attention", 1.5, ("compile",), "forward+backward"),
+    _share(
+        "channel_attention: share of measured bandwidth",
+        0.7,
+        "channel_attention",
+        "bandwidth_share",
+    ),
+    _share(
+        "layernorm_modulate, gated_residual_layernorm_modulate: share of measured bandwidth",
+        0.85,
+        _NORMS,
+        "bandwidth_share",
+    ),
+    _faster(
+        "window_attention, channel_attention: forward beside compiled", 2.0, _ATTENTIONS, _COMPILED
+    ),
+    _faster(
+        "window_attention, channel_attention: forward+backward beside compiled",
+        1.5,
+        _ATTENTIONS,
+        ("compile",),
+        **_BACK,
+    ),
     Target(
         "small calls: a launch beside an empty kernel",
         "≤",
